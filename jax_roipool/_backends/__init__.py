@@ -1,0 +1,50 @@
+"""Implementations of the rectangle max, best first, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jax_roipool._backends import xla
+
+
+class Backend(NamedTuple):
+    """One implementation of the primitives; the callables are named as the primitives are."""
+
+    name: str
+    platforms: frozenset[str] | None  # None: all of them
+    rectangle_max: Callable
+    gather_at_argmax: Callable
+    scatter_at_argmax: Callable
+
+    def runs_on(self, platforms: Sequence[str]) -> bool:
+        return self.platforms is None or self.platforms.issuperset(platforms)
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend("xla", None, xla.rectangle_max, xla.gather_at_argmax, xla.scatter_at_argmax),
+)
+
+
+def check_name(implementation: str | None) -> None:
+    """Raises ValueError if no backend has that name."""
+    if implementation is not None and implementation not in {b.name for b in BACKENDS}:
+        raise ValueError(f"unknown implementation {implementation!r}; there are {_listing()}")
+
+
+def select(implementation: str | None, platforms: Sequence[str]) -> Backend:
+    """The backend of that name, or the best that runs on all the platforms lowered for."""
+    for backend in BACKENDS:
+        if implementation in (None, backend.name) and backend.runs_on(platforms):
+            return backend
+    raise ValueError(
+        f"implementation {implementation!r} does not run on {', '.join(platforms)}; "
+        f"there are {_listing()}"
+    )
+
+
+def _listing() -> str:
+    return ", ".join(
+        f"{b.name!r} ({'every platform' if b.platforms is None else ', '.join(sorted(b.platforms))})"
+        for b in BACKENDS
+    )

@@ -1,0 +1,181 @@
+"""The portable backend: bin masks, `jax.ops.segment_max`, and indexing at the argmax.
+
+Features are compared as integers of the same order, where NaN is the largest, so that every
+platform's integer maximum gives the same bits. The maximum over a rectangle is separable: first
+over columns, keeping the smallest column, then over rows, keeping the smallest row, which is the
+first maximum in row-major order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK_BYTES = 1 << 22
+"""RoIs are pooled so many at a time that a copy of their feature maps takes about this much.
+
+Measured on two CPU cores: a larger chunk leaves the cache and is three times slower.
+"""
+
+
+def rectangle_max(
+    features, image_index, row_start, row_end, col_start, col_end, *, with_argmax, empty_value
+):
+    """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
+    groups, images, height, width, channels = features.shape
+    rois, bin_rows, bin_cols = *row_start.shape[1:], col_start.shape[2]
+    if 0 in features.shape or rois == 0:
+        shape = (groups, rois, bin_rows, bin_cols, channels)
+        pooled = jnp.zeros(shape, features.dtype)
+        return [pooled, jnp.full(shape, -1, jnp.int32)] if with_argmax else [pooled]
+
+    keys = jnp.moveaxis(_to_key(features), 3, 2)  # columns lead: the first pass runs over them
+    pool_group = jax.vmap(functools.partial(_pool_roi, with_argmax=with_argmax))
+    bytes_per_roi = groups * height * width * channels * features.dtype.itemsize
+    results = _map_in_chunks(
+        lambda rectangles: pool_group(keys, *rectangles),
+        (image_index, row_start, row_end, col_start, col_end),
+        max(1, CHUNK_BYTES // bytes_per_roi),
+    )
+    pooled = _from_key(results[0], features.dtype)
+
+    no_cells = (row_end <= row_start)[..., :, None] | (col_end <= col_start)[..., None, :]
+    no_image = (image_index < 0) | (image_index >= images)
+    no_cells, no_image = no_cells[..., None], no_image[..., None, None, None]
+    empty = _lowest(features.dtype) if empty_value < 0 else 0
+    pooled = jnp.where(no_image, 0, jnp.where(no_cells, empty, pooled)).astype(features.dtype)
+    if not with_argmax:
+        return [pooled]
+    return [pooled, jnp.where(no_image | no_cells, -1, results[1])]
+
+
+def gather_at_argmax(features, argmax, image_index):
+    """The features at each argmax, 0 where it is -1: `[G, K, P, Q, C]`."""
+    if 0 in features.shape:
+        return jnp.zeros(argmax.shape, features.dtype)
+    images = features.shape[1]
+
+    def gather_group(features, argmax, image_index):
+        cells = features.reshape(images, -1, features.shape[-1])
+        image = jnp.clip(image_index, 0, images - 1)[:, None, None, None]
+        return cells[image, jnp.maximum(argmax, 0), jnp.arange(features.shape[-1])]
+
+    return jnp.where(argmax < 0, 0, jax.vmap(gather_group)(features, argmax, image_index))
+
+
+def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
+    """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`."""
+    groups, *_, channels = cotangent.shape
+    shape = (groups, *map_shape, channels)
+    if 0 in shape or cotangent.size == 0:
+        return jnp.zeros(shape, cotangent.dtype)
+    images, height, width = map_shape
+    cells = (images, height * width, channels)
+    sum_dtype = jnp.promote_types(cotangent.dtype, jnp.float32)
+
+    def scatter_group(cotangent, argmax, image_index):
+        image = jnp.where(argmax < 0, images, image_index[:, None, None, None])
+        index = (image, jnp.maximum(argmax, 0), jnp.arange(channels))
+        sums = jnp.zeros(cells, sum_dtype)
+        if math.prod(cells) + math.prod(cells[1:]) < 2**31:
+            # One index instead of three: three times faster on a CPU, with half the memory.
+            index = (index[0] * math.prod(cells[1:]) + index[1] * channels + index[2],)
+            sums = sums.reshape(-1)
+        return sums.at[index].add(cotangent.astype(sum_dtype), mode="drop")
+
+    sums = jax.vmap(scatter_group)(cotangent, argmax, image_index)
+    return sums.reshape(shape).astype(cotangent.dtype)
+
+
+def _map_in_chunks(pool, rectangles, chunk):
+    """`pool`, over RoI after RoI of all groups, in chunks of equal size; `[G, K, ...]` again."""
+    rois = rectangles[0].shape[1]
+    steps = math.ceil(rois / chunk)
+    chunk = math.ceil(rois / steps)
+
+    def to_steps(x):
+        x = jnp.pad(x, [(0, 0), (0, steps * chunk - rois)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x, 1, 0).reshape(steps, chunk, x.shape[0], *x.shape[2:])
+
+    def from_steps(x):
+        x = x.reshape(steps * chunk, *x.shape[2:])[:rois]
+        return jnp.moveaxis(x, 0, 1)
+
+    results = lax.map(jax.vmap(pool), tuple(map(to_steps, rectangles)))
+    return [from_steps(result) for result in results]
+
+
+def _pool_roi(keys, image_index, row_start, row_end, col_start, col_end, *, with_argmax):
+    """Maxima, and argmaxes if asked for, `[P, Q, C]`, of one RoI in `keys` `[n, W, H, C]`.
+
+    What it gives for a rectangle without cells, or an image that is not there, means nothing.
+    """
+    images, width = keys.shape[:2]
+    image = keys[0] if images == 1 else keys[jnp.clip(image_index, 0, images - 1)]
+    over_cols, cols = _max_over_bins(image, col_start, col_end, with_argmax)
+    over_rows, rows = _max_over_bins(jnp.swapaxes(over_cols, 0, 1), row_start, row_end, with_argmax)
+    if not with_argmax:
+        return [over_rows]
+    cols = jnp.take_along_axis(jnp.swapaxes(cols, 0, 1), rows, axis=0, mode="clip")
+    return [over_rows, rows * width + cols]
+
+
+def _max_over_bins(keys, start, end, with_index):
+    """Maximum of `keys` over the bins of its first axis, and the first index that has it.
+
+    A bin is its core, the cells before the next bin's start, and its last cell, which can be in
+    the next bin's core as well. The cores are disjoint, so one segment-max pools them all.
+    """
+    size, bins = keys.shape[0], start.shape[0]
+    core_end = jnp.append(start[1:], end[-1:])
+    cell = jnp.arange(size, dtype=jnp.int32)
+    core_mask = (start <= cell[:, None]) & (cell[:, None] < core_end)  # [size, bins]
+    core = jnp.where(core_mask.any(axis=1), core_mask.argmax(axis=1), bins)
+    last = jnp.clip(end - 1, 0, size - 1)
+
+    core_max = jax.ops.segment_max(keys, core, bins + 1)
+    last_key = keys[last]
+    maximum = jnp.maximum(core_max[:bins], last_key)
+    if not with_index:
+        return maximum, None
+
+    cell, last = (index.reshape(-1, *[1] * (keys.ndim - 1)) for index in (cell, last))
+    first_in_core = jax.ops.segment_min(
+        jnp.where(keys == core_max[core], cell, size), core, bins + 1
+    )[:bins]
+    first = jnp.minimum(
+        jnp.where(core_max[:bins] == maximum, first_in_core, size),
+        jnp.where(last_key == maximum, last, size),
+    )
+    return maximum, first
+
+
+def _to_key(features):
+    """Integers in the order of the features: NaN largest, zeros equal."""
+    dtype = features.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return features
+    integer = _integer_like(dtype)
+    largest = jnp.iinfo(integer).max
+    bits = lax.bitcast_convert_type(jnp.where(features == 0, 0, features).astype(dtype), integer)
+    # Negative floats grow in magnitude as their bits count up: turn their order around.
+    return jnp.where(jnp.isnan(features), largest, jnp.where(bits < 0, bits ^ largest, bits))
+
+
+def _from_key(keys, dtype):
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return keys
+    largest = jnp.iinfo(keys.dtype).max
+    return lax.bitcast_convert_type(jnp.where(keys < 0, keys ^ largest, keys), dtype)
+
+
+def _integer_like(dtype):
+    return {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[dtype.itemsize]
+
+
+def _lowest(dtype):
+    return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min

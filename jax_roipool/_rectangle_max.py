@@ -1,0 +1,278 @@
+"""The maximum of a feature map over P x Q rectangles per RoI, as JAX primitives.
+
+Nothing here knows of RoIs' coordinates, scales or conventions. Three primitives make up the
+operator and all its derivatives:
+
+- `rectangle_max`: features and rectangles to maxima (and argmaxes, when they are needed),
+- `gather_at_argmax`: its tangent, linear in the features,
+- `scatter_at_argmax`: the transpose of the gather, and so the gradient.
+
+Features are `[G, n, H, W, C]` throughout: G groups of n images. `vmap` adds to G, or, where only
+the rectangles are mapped, to their number K, so that no feature map is copied.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jax_roipool import _backends
+
+
+class Rectangles(NamedTuple):
+    """P x Q rectangles of cells for each of K RoIs in each of G groups, all int32.
+
+    Rows `row_start <= row < row_end`, and columns likewise, inside the map. Starts do not
+    decrease from bin to bin, and a bin reaches at most one cell into the next:
+    `start[i + 1] <= end[i] <= start[i + 1] + 1` wherever bin `i` is not empty.
+    An `image_index` outside `[0, n)` makes a RoI pool to 0.
+    """
+
+    image_index: jax.Array  # [G, K]
+    row_start: jax.Array  # [G, K, P]
+    row_end: jax.Array  # [G, K, P]
+    col_start: jax.Array  # [G, K, Q]
+    col_end: jax.Array  # [G, K, Q]
+
+
+class Options(NamedTuple):
+    """What is known when the operator is traced, beside shapes."""
+
+    map_shape: tuple[int, int, int]  # n, H, W
+    empty_value: float
+    implementation: str | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rectangle_max(features: jax.Array, rectangles: Rectangles, options: Options) -> jax.Array:
+    """Maximum of each rectangle, `[G, K, P, Q, C]`."""
+    return _bind_max(features, rectangles, options, with_argmax=False)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rectangle_max_with_argmax(
+    features: jax.Array, rectangles: Rectangles, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Maximum of each rectangle and its cell, `row * W + column` or -1, both `[G, K, P, Q, C]`."""
+    return _bind_max(features, rectangles, options, with_argmax=True)
+
+
+def _rectangle_max_fwd(features, rectangles, options):
+    pooled, argmax = _bind_max(features, rectangles, options, with_argmax=True)
+    return pooled, (argmax, rectangles)
+
+
+def _rectangle_max_with_argmax_fwd(features, rectangles, options):
+    pooled, argmax = _bind_max(features, rectangles, options, with_argmax=True)
+    return (pooled, argmax), (argmax, rectangles)
+
+
+def _rectangle_max_bwd(options, residuals, cotangent):
+    """The gradient of a bin goes whole to its argmax."""
+    argmax, rectangles = residuals
+    gradient = scatter_at_argmax_p.bind(
+        cotangent,
+        argmax,
+        rectangles.image_index,
+        map_shape=options.map_shape,
+        implementation=options.implementation,
+    )
+    return gradient, None
+
+
+def _rectangle_max_with_argmax_bwd(options, residuals, cotangents):
+    cotangent, _ = cotangents
+    return _rectangle_max_bwd(options, residuals, cotangent)
+
+
+rectangle_max.defvjp(_rectangle_max_fwd, _rectangle_max_bwd)
+rectangle_max_with_argmax.defvjp(_rectangle_max_with_argmax_fwd, _rectangle_max_with_argmax_bwd)
+
+
+def _bind_max(features, rectangles, options, *, with_argmax):
+    return tuple(
+        rectangle_max_p.bind(
+            features,
+            *rectangles,
+            with_argmax=with_argmax,
+            empty_value=options.empty_value,
+            implementation=options.implementation,
+        )
+    )
+
+
+# The primitives' names are those of the functions of a backend that implement them.
+rectangle_max_p = Primitive("rectangle_max")
+rectangle_max_p.multiple_results = True
+gather_at_argmax_p = Primitive("gather_at_argmax")
+scatter_at_argmax_p = Primitive("scatter_at_argmax")
+
+
+# Shapes and dtypes.
+
+
+def _rectangle_max_shape(features, *rectangles, with_argmax, empty_value, implementation):
+    groups, _, _, _, channels = features.shape
+    _, row_start, _, col_start, _ = rectangles
+    shape = (groups, *row_start.shape[1:], col_start.shape[2], channels)
+    pooled = jax.core.ShapedArray(shape, features.dtype)
+    return [pooled, jax.core.ShapedArray(shape, jnp.int32)] if with_argmax else [pooled]
+
+
+def _gather_at_argmax_shape(features, argmax, image_index, *, implementation):
+    return jax.core.ShapedArray(argmax.shape, features.dtype)
+
+
+def _scatter_at_argmax_shape(cotangent, argmax, image_index, *, map_shape, implementation):
+    groups, *_, channels = cotangent.shape
+    return jax.core.ShapedArray((groups, *map_shape, channels), cotangent.dtype)
+
+
+# Derivatives.
+
+
+def _rectangle_max_jvp(primals, tangents, *, with_argmax, empty_value, implementation):
+    pooled, argmax = rectangle_max_p.bind(
+        *primals, with_argmax=True, empty_value=empty_value, implementation=implementation
+    )
+    tangent, image_index = tangents[0], primals[1]
+    if isinstance(tangent, ad.Zero):
+        pooled_dot = ad.Zero.from_primal_value(pooled)
+    else:
+        pooled_dot = gather_at_argmax_p.bind(
+            tangent, argmax, image_index, implementation=implementation
+        )
+    if not with_argmax:
+        return [pooled], [pooled_dot]
+    return [pooled, argmax], [pooled_dot, ad.Zero.from_primal_value(argmax)]
+
+
+
+
+def _gather_at_argmax_transpose(cotangent, features, argmax, image_index, *, implementation):
+    if isinstance(cotangent, ad.Zero):
+        return ad.Zero(features.aval), None, None
+    gradient = scatter_at_argmax_p.bind(
+        cotangent,
+        argmax,
+        image_index,
+        map_shape=features.aval.shape[1:4],
+        implementation=implementation,
+    )
+    return gradient, None, None
+
+
+def _scatter_at_argmax_transpose(
+    gradient, cotangent, argmax, image_index, *, map_shape, implementation
+):
+    if isinstance(gradient, ad.Zero):
+        return ad.Zero(cotangent.aval), None, None
+    gathered = gather_at_argmax_p.bind(
+        gradient, argmax, image_index, implementation=implementation
+    )
+    return gathered, None, None
+
+
+def _jvp_linear_in_first(primitive: Primitive) -> None:
+    def rule(tangent, *primals, **params):
+        return primitive.bind(tangent, *primals[1:], **params)
+
+    ad.defjvp(primitive, rule, None, None)
+
+
+# Batching. Every operand starts with G; those after the features go on with K.
+
+
+def _batch_into_groups(primitive: Primitive, operands, dims, **params):
+    """The mapped axis joins G."""
+    size = _mapped_size(operands, dims)
+    operands = [_mapped_at(0, *each, size) for each in zip(operands, dims, strict=True)]
+    results = primitive.bind(*(_join(operand, 0) for operand in operands), **params)
+    groups = operands[0].shape[1]
+    return _split(primitive, results, 0, (size, groups))
+
+
+def _batch_into_rois(primitive: Primitive, operands, dims, **params):
+    """The mapped axis joins K, as long as the features are not mapped themselves."""
+    if dims[0] is not batching.not_mapped:
+        return _batch_into_groups(primitive, operands, dims, **params)
+    size = _mapped_size(operands, dims)
+    features, *others = operands
+    others = [_mapped_at(1, *each, size) for each in zip(others, dims[1:], strict=True)]
+    results = primitive.bind(features, *(_join(operand, 1) for operand in others), **params)
+    rois = others[0].shape[2]
+    return _split(primitive, results, 1, (size, rois))
+
+
+def _mapped_size(operands, dims) -> int:
+    return next(
+        operand.shape[dim]
+        for operand, dim in zip(operands, dims, strict=True)
+        if dim is not batching.not_mapped
+    )
+
+
+def _mapped_at(position, operand, dim, size):
+    """The operand with its mapped axis, or a new one of that size, at `position`."""
+    if dim is not batching.not_mapped:
+        return jnp.moveaxis(operand, dim, position)
+    shape = operand.shape
+    return jnp.broadcast_to(
+        jnp.expand_dims(operand, position), (*shape[:position], size, *shape[position:])
+    )
+
+
+def _join(operand, axis):
+    shape = operand.shape
+    return operand.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+
+
+def _split(primitive, results, axis, sizes):
+    split = [
+        result.reshape(*result.shape[:axis], *sizes, *result.shape[axis + 1 :])
+        for result in (results if primitive.multiple_results else [results])
+    ]
+    return (split, [axis] * len(split)) if primitive.multiple_results else (split[0], axis)
+
+
+# Lowering, and what a call outside of jit does.
+
+
+def _lower(primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands, implementation, **params):
+    backend = _backends.select(implementation, ctx.module_context.platforms)
+    rule = mlir.lower_fun(
+        getattr(backend, primitive.name), multiple_results=primitive.multiple_results
+    )
+    return rule(ctx, *operands, **params)
+
+
+def _register(primitive: Primitive, shape_rule: Callable, batching_rule: Callable) -> None:
+    primitive.def_abstract_eval(shape_rule)
+    primitive.def_impl(_compiled(primitive))
+    batching.primitive_batchers[primitive] = functools.partial(batching_rule, primitive)
+    mlir.register_lowering(primitive, functools.partial(_lower, primitive))
+
+
+def _compiled(primitive: Primitive) -> Callable:
+    @functools.partial(jax.jit, static_argnames="params")
+    def call(*operands, params):
+        return primitive.bind(*operands, **dict(params))
+
+    return lambda *operands, **params: call(*operands, params=tuple(params.items()))
+
+
+_register(rectangle_max_p, _rectangle_max_shape, _batch_into_rois)
+_register(gather_at_argmax_p, _gather_at_argmax_shape, _batch_into_rois)
+_register(scatter_at_argmax_p, _scatter_at_argmax_shape, _batch_into_groups)
+
+ad.primitive_jvps[rectangle_max_p] = _rectangle_max_jvp
+_jvp_linear_in_first(gather_at_argmax_p)
+_jvp_linear_in_first(scatter_at_argmax_p)
+ad.primitive_transposes[gather_at_argmax_p] = _gather_at_argmax_transpose
+ad.primitive_transposes[scatter_at_argmax_p] = _scatter_at_argmax_transpose

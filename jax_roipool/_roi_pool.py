@@ -1,0 +1,163 @@
+"""RoI max pooling: from features and RoIs to bins' maxima."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.typing import ArrayLike
+
+from jax_roipool import _backends
+from jax_roipool._bins import Convention, as_convention, bin_edges
+from jax_roipool._rectangle_max import (
+    Options,
+    Rectangles,
+    rectangle_max,
+    rectangle_max_with_argmax,
+)
+from jax_roipool._rois import (
+    canonical_features,
+    canonical_rois,
+    check_arguments,
+    check_output_size,
+)
+
+
+def roi_pool(
+    features: ArrayLike,
+    rois: ArrayLike,
+    output_size: int | tuple[int, int],
+    *,
+    spatial_scale: ArrayLike = 1.0,
+    roi_mask: ArrayLike | None = None,
+    convention: str | Convention = "partition",
+    implementation: str | None = None,
+) -> jax.Array:
+    """Maximum of the features in each of P x Q bins of every region of interest (RoI).
+
+    A RoI's coordinates, times `spatial_scale` and rounded half away from zero, give a rectangle
+    of cells; the convention splits it into P x Q bins (see `jax_roipool.Convention`); each bin
+    pools to the maximum of its cells inside the map. NaN is greater than any number. A bin's
+    gradient goes whole to its maximum, the first in row-major order among equals.
+
+    A RoI that `roi_mask` excludes, one with a coordinate that is not finite, and one whose image
+    index names no image pool to 0 and pass no gradient.
+
+    Args:
+      features: `[H, W, C]` or `[N, H, W, C]`, floating (16 bits or more) or integer.
+      rois: floating or integer, `(x1, y1, x2, y2)` in the last axis, in any unit of which
+        `spatial_scale` makes cells, x along W and y along H:
+
+        - `[K, 4]` with features `[H, W, C]`,
+        - `[N, K, 4]` with features `[N, H, W, C]`, K RoIs for each image, or
+        - `[R, 5]` with features `[N, H, W, C]`, the index of its image before each RoI.
+
+        Coordinates are computed in float32 and kept within 2**29 cells of the origin.
+      output_size: the number of bins, `(P, Q)` along H and W, or one int for both.
+      spatial_scale: cells per unit of the coordinates, for example 1/16 for RoIs in pixels of an
+        image of which the features have a stride of 16. A scalar; it may be traced.
+      roi_mask: bool, `[K]`, `[N, K]` or `[R]`: True for a real RoI, False for padding.
+      convention: `"partition"`, `"torchvision"`, `"openvino"`, `"chainer"`, or a
+        `jax_roipool.Convention`.
+      implementation: `"xla"`, or None for the best that the platform has.
+
+    Returns:
+      `[K, P, Q, C]`, `[N, K, P, Q, C]` or `[R, P, Q, C]`, of the features' dtype.
+
+    Raises:
+      TypeError: a dtype that cannot be pooled, or that cannot be coordinates or a mask.
+      ValueError: shapes that do not go together, an output size or a scale that is not positive,
+        an unknown convention or implementation, or an implementation that the platform cannot run.
+
+    The operator is that of Girshick, "Fast R-CNN" (https://arxiv.org/abs/1504.08083), section
+    2.1. The paper leaves the rounding of bins open; `convention` names how others have settled it.
+
+    >>> import jax.numpy as jnp
+    >>> from jax_roipool import roi_pool
+    >>> features = jnp.arange(16.0).reshape(4, 4, 1)
+    >>> roi_pool(features, jnp.array([[0, 0, 4, 4], [1, 1, 3, 4]]), 2)[..., 0]
+    Array([[[ 5.,  7.],
+            [13., 15.]],
+    <BLANKLINE>
+           [[ 5.,  6.],
+            [13., 14.]]], dtype=float32)
+    """
+    return _checked_roi_pool(
+        features, rois, output_size, spatial_scale, roi_mask, convention, implementation, False
+    )
+
+
+def roi_pool_with_argmax(
+    features: ArrayLike,
+    rois: ArrayLike,
+    output_size: int | tuple[int, int],
+    *,
+    spatial_scale: ArrayLike = 1.0,
+    roi_mask: ArrayLike | None = None,
+    convention: str | Convention = "partition",
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`roi_pool`, and the cell that each maximum came from.
+
+    Arguments and errors are those of `jax_roipool.roi_pool`.
+
+    Returns:
+      The pooled features, and `argmax`: int32 of the same shape, `row * W + column` in the RoI's
+      own image, of the first maximum in row-major order (of the first NaN if there is one), or -1
+      where a bin has no cell or a RoI pools nothing.
+
+    >>> import jax.numpy as jnp
+    >>> from jax_roipool import roi_pool_with_argmax
+    >>> pooled, argmax = roi_pool_with_argmax(
+    ...     jnp.arange(16.0).reshape(4, 4, 1), jnp.array([[0, 0, 4, 4]]), 2
+    ... )
+    >>> argmax[0, ..., 0]
+    Array([[ 5,  7],
+           [13, 15]], dtype=int32)
+    """
+    return _checked_roi_pool(
+        features, rois, output_size, spatial_scale, roi_mask, convention, implementation, True
+    )
+
+
+def _checked_roi_pool(
+    features, rois, output_size, spatial_scale, roi_mask, convention, implementation, with_argmax
+):
+    arguments = check_arguments(features, rois, spatial_scale, roi_mask)
+    _backends.check_name(implementation)
+    return _roi_pool(
+        *arguments,
+        output_size=check_output_size(output_size),
+        convention=as_convention(convention),
+        implementation=implementation,
+        with_argmax=with_argmax,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("output_size", "convention", "implementation", "with_argmax")
+)
+def _roi_pool(
+    features,
+    rois,
+    roi_mask,
+    spatial_scale,
+    *,
+    output_size: tuple[int, int],
+    convention: Convention,
+    implementation: str | None,
+    with_argmax: bool,
+):
+    maps = canonical_features(features, rois)
+    map_shape = maps.shape[1:4]
+    images, height, width = map_shape
+    cells = canonical_rois(rois, roi_mask, spatial_scale, images)
+    rows = bin_edges(cells.y1, cells.y2, output_size[0], height, convention)
+    cols = bin_edges(cells.x1, cells.x2, output_size[1], width, convention)
+    rectangles = Rectangles(cells.image_index, *rows, *cols)
+    options = Options(map_shape, convention.empty_value, implementation)
+    pool = rectangle_max_with_argmax if with_argmax else rectangle_max
+    return jax.tree.map(
+        lambda result: result.reshape(*rois.shape[:-1], *result.shape[2:]),
+        pool(maps, rectangles, options),
+    )

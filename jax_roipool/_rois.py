@@ -1,0 +1,182 @@
+"""Arguments to canonical form: layouts, padding, spatial scale, and every check on them.
+
+In canonical form there are G groups, each with n images and K RoIs that carry an image index
+inside their group. Per-image RoIs are n = 1; flat `[R, 5]` RoIs are G = 1.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jax_roipool._bins import MAX_BINS
+
+CELL_LIMIT = 2.0**29
+"""RoIs are kept within this many cells of the origin, where no int32 sum can overflow."""
+
+
+FEATURE_DTYPES = (
+    *("float32", "bfloat16", "float16", "float64"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+)
+
+
+class Arguments(NamedTuple):
+    """Arguments that passed every check, still in the layout they came in."""
+
+    features: jax.Array
+    rois: jax.Array
+    roi_mask: jax.Array | None
+    spatial_scale: jax.Array
+
+
+class CanonicalRoIs(NamedTuple):
+    """RoIs in whole cells. `image_index` is -1 for a RoI that pools nothing."""
+
+    image_index: jax.Array  # int32 [G, K]
+    x1: jax.Array  # int32 [G, K], as are the other three
+    y1: jax.Array
+    x2: jax.Array
+    y2: jax.Array
+
+
+def check_arguments(
+    features: ArrayLike, rois: ArrayLike, spatial_scale: ArrayLike, roi_mask: ArrayLike | None
+) -> Arguments:
+    """Arrays of the arguments, or the error that says which of them cannot be right."""
+    features, rois = jnp.asarray(features), jnp.asarray(rois)
+    if features.dtype.name not in FEATURE_DTYPES:
+        raise TypeError(
+            f"features must be of one of the dtypes {', '.join(FEATURE_DTYPES)}, "
+            f"got {_describe(features)}; convert them first"
+        )
+    if not _is_real(rois.dtype):
+        raise TypeError(f"rois must be of a real floating or integer dtype, got {_describe(rois)}")
+    _check_layout(features, rois)
+    return Arguments(
+        features, rois, _check_mask(roi_mask, rois), _check_spatial_scale(spatial_scale)
+    )
+
+
+def _check_layout(features: jax.Array, rois: jax.Array) -> None:
+    got = f"got features {_describe(features)} and rois {_describe(rois)}"
+    layouts = {
+        (3, 2, 4): "[H, W, C] with [K, 4]",
+        (4, 3, 4): "[N, H, W, C] with [N, K, 4]",
+        (4, 2, 5): "[N, H, W, C] with [R, 5], the image index first",
+    }
+    if (features.ndim, rois.ndim, rois.shape[-1] if rois.ndim else None) not in layouts:
+        raise ValueError(
+            f"features and rois must be one of: {'; '.join(layouts.values())}; {got}"
+        )
+    if rois.ndim == 3 and rois.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"features [N, H, W, C] and rois [N, K, 4] must have one N, {got}"
+        )
+    height, width = features.shape[-3:-1]
+    if height == 0 or width == 0:
+        raise ValueError(f"a feature map must have at least one cell, {got}")
+    if height * width >= 2**31:
+        raise ValueError(f"a feature map must have less than 2**31 cells, as argmax is int32, {got}")
+
+
+def _check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None:
+    if roi_mask is None:
+        return None
+    roi_mask = jnp.asarray(roi_mask)
+    if roi_mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"roi_mask must be of dtype bool, True for a real RoI, got {_describe(roi_mask)}"
+        )
+    if roi_mask.shape != rois.shape[:-1]:
+        raise ValueError(
+            f"roi_mask must have one entry a RoI, shape {list(rois.shape[:-1])} for rois "
+            f"{_describe(rois)}, got {_describe(roi_mask)}"
+        )
+    return roi_mask
+
+
+def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
+    if isinstance(spatial_scale, (int, float)) and not (
+        0 < spatial_scale < math.inf and not isinstance(spatial_scale, bool)
+    ):
+        raise ValueError(
+            "spatial_scale must be a positive finite number, cells per unit of the RoI "
+            f"coordinates (1/16 for a stride of 16), got {spatial_scale!r}"
+        )
+    spatial_scale = jnp.asarray(spatial_scale)
+    if not _is_real(spatial_scale.dtype):
+        raise TypeError(f"spatial_scale must be a real number, got {_describe(spatial_scale)}")
+    if spatial_scale.shape != ():
+        raise ValueError(
+            f"spatial_scale must be a scalar, got {_describe(spatial_scale)}; "
+            "scale the RoIs themselves, or jax.vmap over it, for a scale per image"
+        )
+    return spatial_scale.astype(jnp.float32)
+
+
+def check_output_size(output_size: int | tuple[int, int]) -> tuple[int, int]:
+    """`(P, Q)`, the bins along the rows and along the columns."""
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    expected = f"output_size must be an int or a pair (P, Q) of ints from 1 to {MAX_BINS}"
+    if len(sizes) != 2 or any(isinstance(size, (bool, np.bool_)) for size in sizes):
+        raise ValueError(f"{expected}, got {output_size!r}")
+    try:
+        rows, columns = map(operator.index, sizes)
+    except TypeError as error:
+        raise TypeError(f"{expected}, got {output_size!r}") from error
+    if not (1 <= rows <= MAX_BINS and 1 <= columns <= MAX_BINS):
+        raise ValueError(f"{expected}, got {output_size!r}")
+    return rows, columns
+
+
+def canonical_features(features: jax.Array, rois: jax.Array) -> jax.Array:
+    """`[G, n, H, W, C]`."""
+    if rois.ndim == 3:
+        return features[:, None]
+    return features[None, None] if features.ndim == 3 else features[None]
+
+
+def canonical_rois(
+    rois: jax.Array, roi_mask: jax.Array | None, spatial_scale: jax.Array, images: int
+) -> CanonicalRoIs:
+    """RoIs in whole cells, grouped; `images` is n, the number of images of a group."""
+    if rois.ndim == 2:
+        rois = rois[None]
+        roi_mask = None if roi_mask is None else roi_mask[None]
+    coordinates = rois[..., -4:].astype(jnp.float32)
+    real = jnp.isfinite(coordinates).all(axis=-1) & jnp.isfinite(spatial_scale)
+    if roi_mask is not None:
+        real &= roi_mask
+    if rois.shape[-1] == 5:
+        index = _widen(rois[..., 0])
+        real &= (index >= 0) & (index < images) & (index == jnp.floor(index))
+        index = jnp.where(real, index, -1).astype(jnp.int32)
+    else:
+        index = jnp.where(real, jnp.int32(0), jnp.int32(-1))
+    # C's round, which every peer uses; jnp.round goes to the even neighbour.
+    cells = lax.round(coordinates * spatial_scale, lax.RoundingMethod.AWAY_FROM_ZERO)
+    cells = jnp.where(real[..., None], jnp.clip(cells, -CELL_LIMIT, CELL_LIMIT), 0)
+    return CanonicalRoIs(index, *jnp.moveaxis(cells.astype(jnp.int32), -1, 0))
+
+
+def _widen(index: jax.Array) -> jax.Array:
+    """The image index in a dtype that holds every number of images."""
+    if index.dtype.itemsize >= 4:
+        return index
+    return index.astype(jnp.float32 if jnp.issubdtype(index.dtype, jnp.floating) else jnp.int32)
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _describe(array: jax.Array) -> str:
+    return f"{array.dtype}[{', '.join(map(str, array.shape))}]"

@@ -1,0 +1,219 @@
+"""Where the bins are, seen from outside: on a ramp, a bin's maximum tells one of its edges."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_roipool
+import oracle
+from harness import (
+    EVERY_CONVENTION,
+    PRESETS,
+    assert_same,
+    convention_id,
+    pool,
+    resolved,
+)
+
+LENGTHS = np.arange(1, 2049)
+OFFSET = 3
+WIDTH = 2064
+
+
+def ramp(width):
+    """Channel 0 rises by one a cell, so its maximum is the last cell; channel 1 falls."""
+    cells = np.arange(width, dtype=np.float32)
+    return jnp.asarray(np.stack([cells, -cells], axis=-1)[None])
+
+
+def observed_edges(bounds, bins, width, convention, implementation, spatial_scale=1.0):
+    """The half-open column ranges `[R, bins, 2]` of RoIs with the given `[R, 2]` ends."""
+    bounds = np.asarray(bounds, np.float32)
+    rois = np.zeros((len(bounds), 4), np.float32)
+    rois[:, 0::2] = bounds
+    run = pool((1, bins), convention, implementation)
+    pooled, argmax = run(ramp(width), jnp.asarray(rois), spatial_scale)
+    pooled, argmax = np.asarray(pooled)[:, 0], np.asarray(argmax)[:, 0]
+    edges = np.stack([argmax[..., 1], argmax[..., 0] + 1], axis=-1)
+    edges[argmax[..., 0] < 0] = 0
+    # The values have to say the same as the argmax.
+    filled = argmax[..., 0] >= 0
+    np.testing.assert_array_equal(pooled[filled, 0], edges[filled, 1] - 1)
+    np.testing.assert_array_equal(pooled[filled, 1], -edges[filled, 0].astype(np.float32))
+    return edges
+
+
+def expected_edges(cells, bins, width, convention):
+    """The same from the definition; `cells` holds whole numbers."""
+    edges = [oracle.bin_edges(a, b, bins, width, resolved(convention)) for a, b in cells]
+    edges = np.array(edges).reshape(len(cells), bins, 2)
+    edges[edges[..., 1] <= edges[..., 0]] = 0
+    return edges
+
+
+def test_presets_are_the_documented_table():
+    def convention(*fields):
+        names = ("inclusive_end", "overlapping_bins", "float32_edges", "empty_value")
+        return jax_roipool.Convention(**dict(zip(names, fields, strict=True)))
+
+    assert dict(jax_roipool.CONVENTIONS) == {
+        "partition": convention(False, False, False, 0.0),
+        "torchvision": convention(True, True, True, 0.0),
+        "openvino": convention(True, True, False, 0.0),
+        "chainer": convention(False, True, False, -np.inf),
+    }
+    assert jax_roipool.Convention() == jax_roipool.CONVENTIONS["partition"]
+
+
+@pytest.mark.parametrize("bins", (7, 14))
+@pytest.mark.parametrize("convention", PRESETS)
+def test_edges_of_every_length(convention, bins, implementation):
+    inclusive = resolved(convention).inclusive_end
+    cells = [(OFFSET, OFFSET + int(length) - inclusive) for length in LENGTHS]
+    observed = observed_edges(cells, bins, WIDTH, convention, implementation)
+    expected = expected_edges(cells, bins, WIDTH, convention)
+    np.testing.assert_array_equal(observed, expected)
+
+
+@pytest.mark.parametrize(("bins", "spilled", "early"), ((7, 70, 0), (14, 106, 36)))
+def test_torchvision_float32_spill(bins, spilled, early, implementation):
+    # Counts measured on the released operators: lengths with an end one cell past the exact
+    # edge, and lengths with a start one cell before it. Division by a constant, which XLA
+    # replaces with a multiplication, would give others.
+    cells = [(0, int(length) - 1) for length in LENGTHS]
+    starts, ends = np.moveaxis(
+        observed_edges(cells, bins, WIDTH, "torchvision", implementation), -1, 0
+    )
+    i = np.arange(bins)
+    exact_starts = i * LENGTHS[:, None] // bins
+    exact_ends = -(-(i + 1) * LENGTHS[:, None] // bins)
+    assert set(np.unique(ends - exact_ends)) == {0, 1}
+    assert np.sum(np.any(ends != exact_ends, axis=1)) == spilled
+    assert np.sum(np.any(starts != exact_starts, axis=1)) == early
+    first = LENGTHS[np.any(ends != exact_ends, axis=1)][:2].tolist()
+    assert first == {7: [57, 114], 14: [57, 62]}[bins]
+
+
+def test_spilled_cell_is_pooled_by_torchvision_alone(implementation):
+    features = np.zeros((1, 64, 1), np.float32)
+    features[0, 57] = 5
+    rois = jnp.asarray([[0.0, 0.0, 56.0, 0.0]])
+    for convention, last in (("torchvision", 5), ("openvino", 0)):
+        pooled, _ = pool((1, 7), convention, implementation)(features, rois)
+        assert_same(pooled[0, 0, :, 0], np.float32([0] * 6 + [last]))
+
+
+@pytest.mark.parametrize("bins", (1, 2, 3, 5, 8))
+def test_partition_covers_the_roi_once_and_leaves_no_bin_empty(bins, implementation):
+    cells = [(OFFSET, OFFSET + length) for length in range(1, 65)]
+    starts, ends = np.moveaxis(observed_edges(cells, bins, 80, "partition", implementation), -1, 0)
+    assert np.all(ends > starts)
+    for (start, stop), low, high in zip(cells, starts, ends, strict=True):
+        assert low[0] == start
+        assert high[-1] == stop
+        if stop - start >= bins:
+            np.testing.assert_array_equal(low[1:], high[:-1])
+
+
+@pytest.mark.parametrize("convention", EVERY_CONVENTION, ids=convention_id)
+def test_roi_shorter_than_its_bins_and_inverted_roi(convention, implementation):
+    cells = [(10, 10 + length) for length in range(-12, 9)]
+    observed = observed_edges(cells, 6, 40, convention, implementation)
+    np.testing.assert_array_equal(observed, expected_edges(cells, 6, 40, convention))
+
+
+@pytest.mark.parametrize("convention", EVERY_CONVENTION, ids=convention_id)
+def test_edges_are_clipped_after_binning(convention, implementation):
+    # The RoI's bins keep their places when part of it lies outside the map.
+    cells = [(start, stop) for start in (-25, -6, 0, 11) for stop in (-3, 5, 12, 13, 41)]
+    observed = observed_edges(cells, 6, 12, convention, implementation)
+    np.testing.assert_array_equal(observed, expected_edges(cells, 6, 12, convention))
+
+
+@pytest.mark.parametrize(
+    ("coordinate", "cell"),
+    (
+        (0.0, 0),
+        (1e-45, 0),
+        (0.25, 0),
+        (0.49999997, 0),  # A half added in float32 gives 1.
+        (0.5, 1),
+        (1.5, 2),
+        (2.5, 3),  # Half to even gives 2.
+        (4.5, 5),
+        (4.4999995, 4),
+        (4.5000005, 5),
+    ),
+)
+def test_coordinates_round_half_away_from_zero(coordinate, cell, implementation):
+    edges = observed_edges([(coordinate, 9)], 1, 16, "partition", implementation)
+    assert edges.tolist() == [[[cell, 9]]]
+    edges = observed_edges([(0, coordinate)], 1, 16, "torchvision", implementation)
+    assert edges.tolist() == [[[0, cell + 1]]]
+
+
+@pytest.mark.parametrize(
+    ("coordinate", "cell"), ((-0.49999997, 0), (-0.5, -1), (-1.5, -2), (-2.5, -3), (-2.25, -2))
+)
+def test_negative_coordinates_round_half_away_from_zero(coordinate, cell, implementation):
+    # Of a RoI up to 4 in bins of one cell each, the number outside the map tells the start.
+    edges = observed_edges([(coordinate, 4)], 4 - cell, 16, "partition", implementation)
+    expected = expected_edges([(cell, 4)], 4 - cell, 16, "partition")
+    np.testing.assert_array_equal(edges, expected)
+
+
+def test_scaled_coordinate_is_rounded_in_float32_first(implementation):
+    # 5 * float32(0.7) is 3.49999994, which the float32 product rounds to 3.5.
+    edges = observed_edges([(5, 20)], 1, 32, "partition", implementation, spatial_scale=0.7)
+    assert edges.tolist() == [[[4, 14]]]
+
+
+def test_spatial_scale_is_rounded_to_float32_first(x64, implementation):
+    # In float64 the product stays under 2.5.
+    scale = jnp.asarray(0.5 - 1e-12, jnp.float64)
+    edges = observed_edges([(5, 20)], 1, 32, "partition", implementation, spatial_scale=scale)
+    assert edges.tolist() == [[[3, 10]]]
+
+
+@pytest.mark.parametrize("convention", PRESETS)
+def test_huge_rois_do_not_overflow(convention, implementation):
+    # The last bin's start, 6 * L // 7, falls inside the map although 6 * L is past int32.
+    start = -6 * 2**26
+    cells = [(start, 2**26 + 32 * k) for k in range(4)]
+    # Beyond the range, coordinates are kept at 2**29.
+    limit = oracle.COORDINATE_LIMIT
+    bounds = [*cells, (-3e38, 3e38), (-1e10, 64), (32, 1e10), (-(2.0**31), 2.0**31)]
+    cells += [(-limit, limit), (-limit, 64), (32, limit), (-limit, limit)]
+    for bins in (1, 2, 7, 14):
+        observed = observed_edges(bounds, bins, 128, convention, implementation)
+        np.testing.assert_array_equal(observed, expected_edges(cells, bins, 128, convention))
+        assert np.all(observed[..., 1].max(axis=1) > 0)
+
+
+def test_overflowing_product_is_kept_in_range(implementation):
+    # The coordinate and the scale are finite, so the RoI is good although the product is not.
+    edges = observed_edges([(-3e38, 3e38)], 1, 16, "partition", implementation, spatial_scale=8.0)
+    assert edges.tolist() == [[[0, 16]]]
+
+
+@pytest.mark.parametrize("dtype", (jnp.int32, jnp.uint8, jnp.int8, jnp.float16, jnp.bfloat16))
+def test_scale_applies_in_float32_whatever_the_rois_are(dtype, implementation):
+    rois = jnp.asarray([[7, 0, 101, 0]], dtype)
+    _, argmax = pool((1, 1), "partition", implementation)(ramp(128), rois, 0.7)
+    # 7 * 0.7 = 4.9 -> 5 and 101 * 0.7 = 70.7 -> 71.
+    assert argmax[0, 0, 0].tolist() == [70, 5]
+
+
+def test_rows_and_columns_are_binned_alike(implementation):
+    features = np.arange(30 * 40, dtype=np.float32).reshape(30, 40, 1)
+    rois = jnp.asarray([[3.0, 5.0, 31.0, 26.0], [-4.0, 8.0, 20.0, 40.0]])
+    _, argmax = pool((3, 4), "torchvision", implementation)(features, rois)
+    swapped_rois = rois[:, jnp.asarray([1, 0, 3, 2])]
+    swapped = jnp.asarray(features).transpose(1, 0, 2)
+    _, swapped_argmax = pool((4, 3), "torchvision", implementation)(swapped, swapped_rois)
+    row, column = np.divmod(np.asarray(argmax), 40)
+    swapped_row, swapped_column = np.divmod(np.asarray(swapped_argmax), 30)
+    assert np.all(argmax[0] >= 0)
+    filled = np.asarray(argmax) >= 0
+    np.testing.assert_array_equal(row[filled], swapped_column.transpose(0, 2, 1, 3)[filled])
+    np.testing.assert_array_equal(column[filled], swapped_row.transpose(0, 2, 1, 3)[filled])

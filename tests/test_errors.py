@@ -1,0 +1,218 @@
+"""Wrong arguments are refused while tracing, with what came and what was expected."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_roipool
+
+IMAGE, BATCH = (6, 7, 2), (3, 6, 7, 2)
+
+
+class Call(NamedTuple):
+    """A wrong call, and what its message has to mention."""
+
+    mentions: tuple[Any, ...]
+    features: Any = IMAGE
+    rois: Any = (5, 4)
+    output_size: Any = 2
+    options: dict = {}
+
+
+def array(spec):
+    """An array of ones: `spec` is a shape, for float32, or a shape and a dtype."""
+    shape, dtype = spec if isinstance(spec[-1], (type, np.dtype)) else (spec, np.float32)
+    return jnp.ones(shape, dtype)
+
+
+SHAPES = {
+    "features without channels": Call([(6, 7)], (6, 7)),
+    "features of rank 1": Call([(6,)], (6,)),
+    "features of rank 0": Call([()], ((), np.float32)),
+    "features of rank 5": Call([(2, 3, 6, 7, 2)], (2, 3, 6, 7, 2)),
+    "rois of rank 1": Call([(4,)], IMAGE, (4,)),
+    "rois of rank 3 on one image": Call([IMAGE, (2, 5, 4)], IMAGE, (2, 5, 4)),
+    "rois of rank 4": Call([BATCH, (3, 2, 5, 4)], BATCH, (3, 2, 5, 4)),
+    "rois with an index on one image": Call([IMAGE, (5, 5)], IMAGE, (5, 5)),
+    "rois without an index on a batch": Call([BATCH, (5, 4)], BATCH, (5, 4)),
+    "rois per image with an index": Call([BATCH, (3, 5, 5)], BATCH, (3, 5, 5)),
+    "rois of three coordinates": Call([(5, 3)], IMAGE, (5, 3)),
+    "rois of six values": Call([(5, 6)], BATCH, (5, 6)),
+    "rois of another batch size": Call([BATCH, (2, 5, 4)], BATCH, (2, 5, 4)),
+    "rois of batch size one": Call([BATCH, (1, 5, 4)], BATCH, (1, 5, 4)),
+    "map without rows": Call([(0, 7, 2)], (0, 7, 2)),
+    "map without columns": Call([(6, 0, 2)], (6, 0, 2)),
+    "maps without rows": Call([(3, 0, 7, 2)], (3, 0, 7, 2), (3, 5, 4)),
+}
+DTYPES = {
+    "complex features": Call(["complex64"], (IMAGE, np.complex64)),
+    "boolean features": Call(["bool"], (IMAGE, np.bool_)),
+    "complex rois": Call(["complex64"], IMAGE, ((5, 4), np.complex64)),
+    "boolean rois": Call(["bool"], IMAGE, ((5, 4), np.bool_)),
+}
+OUTPUT_SIZES = {
+    "output size of zero": Call([0], output_size=0),
+    "negative output size": Call([-3], output_size=-3),
+    "output size with a zero": Call([0], output_size=(4, 0)),
+    "output size with a negative": Call([-3], output_size=(-3, 4)),
+    "fractional output size": Call([2.5], output_size=2.5),
+    "whole float output size": Call([2.0], output_size=2.0),
+    "fractional length in output size": Call([2.5], output_size=(2, 2.5)),
+    "boolean output size": Call(["True"], output_size=True),
+    "output size of one": Call([7], output_size=(7,)),
+    "output size of three": Call([7, 8, 9], output_size=(7, 8, 9)),
+    "output size of none": Call([], output_size=()),
+    "textual output size": Call(["seven"], output_size="seven"),
+    "no output size": Call(["None"], output_size=None),
+}
+OPTIONS = {
+    "unknown convention": Call(
+        ["caffe2", *jax_roipool.CONVENTIONS], options={"convention": "caffe2"}
+    ),
+    "convention of a wrong type": Call(["7"], options={"convention": 7}),
+    "no convention": Call(["None"], options={"convention": None}),
+    "unknown implementation": Call(["abacus", "xla"], options={"implementation": "abacus"}),
+    "implementation of a wrong type": Call(["7"], options={"implementation": 7}),
+    "scale of zero": Call(["spatial_scale", 0.0], options={"spatial_scale": 0.0}),
+    "negative scale": Call(["spatial_scale", -0.5], options={"spatial_scale": -0.5}),
+    "infinite scale": Call(["spatial_scale", "inf"], options={"spatial_scale": float("inf")}),
+    "scale that is not a number": Call(
+        ["spatial_scale", "nan"], options={"spatial_scale": float("nan")}
+    ),
+    "scale per axis": Call(
+        ["spatial_scale", (2,)], options={"spatial_scale": np.float32([0.5, 0.5])}
+    ),
+    "scale of rank 1": Call(["spatial_scale", (1,)], options={"spatial_scale": np.float32([0.5])}),
+    "textual scale": Call(["spatial_scale"], options={"spatial_scale": "half"}),
+    "no scale": Call(["spatial_scale"], options={"spatial_scale": None}),
+}
+MASKS = {
+    "mask of another length": Call(["mask", (4,), (5,)], options={"roi_mask": np.ones(4, bool)}),
+    "mask of another rank": Call(["mask", (5, 1)], options={"roi_mask": np.ones((5, 1), bool)}),
+    "mask of no rank": Call(["mask"], options={"roi_mask": np.array(True)}),
+    "mask per coordinate": Call(["mask", (5, 4)], options={"roi_mask": np.ones((5, 4), bool)}),
+    "mask of a batch, flat": Call(
+        ["mask", (15,), (3, 5)], BATCH, (3, 5, 4), options={"roi_mask": np.ones(15, bool)}
+    ),
+    "mask of a batch, transposed": Call(
+        ["mask", (5, 3), (3, 5)], BATCH, (3, 5, 4), options={"roi_mask": np.ones((5, 3), bool)}
+    ),
+    "mask of flat rois, per image": Call(
+        ["mask", (3, 5)], BATCH, (5, 5), options={"roi_mask": np.ones((3, 5), bool)}
+    ),
+    "mask of floats": Call(
+        ["mask", "float32", "bool"], options={"roi_mask": np.ones(5, np.float32)}
+    ),
+    "mask of integers": Call(["mask", "int32", "bool"], options={"roi_mask": np.ones(5, np.int32)}),
+}
+# NumPy arrays among the options are arguments of the traced function, the rest is static.
+CALLS = SHAPES | DTYPES | OUTPUT_SIZES | OPTIONS | MASKS
+FUNCTIONS = (jax_roipool.roi_pool, jax_roipool.roi_pool_with_argmax)
+
+
+def pattern(mention):
+    """A shape in any notation (`(5, 4)`, `[5,4]`, `float32[5,4]`), or the text itself."""
+    if isinstance(mention, tuple):
+        return r"[\[(]" + ", ?".join(map(str, mention)) + r",?[\])]"
+    return re.escape(str(mention))
+
+
+def assert_mentions(message, mentions):
+    for mention in mentions:
+        assert re.search(pattern(mention), message), f"{mention!r} is not in: {message}"
+
+
+def call(function, arguments, case, static):
+    features, rois, options = arguments
+    return function(features, rois, case.output_size, **options, **static)
+
+
+def split(case):
+    traced = {k: v for k, v in case.options.items() if isinstance(v, np.ndarray)}
+    static = {k: v for k, v in case.options.items() if k not in traced}
+    return (array(case.features), array(case.rois), traced), static
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_wrong_call_is_refused(function, name):
+    case = CALLS[name]
+    arguments, static = split(case)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(function, arguments, case, static)
+    assert_mentions(str(caught.value), case.mentions)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_call_is_refused_while_tracing(name):
+    case = CALLS[name]
+    arguments, static = split(case)
+    # No values at all: nothing but shapes and dtypes can be looked at.
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+    traced = jax.jit(lambda *arguments: call(jax_roipool.roi_pool, arguments, case, static))
+    with pytest.raises((TypeError, ValueError)) as caught:
+        traced.trace(*arguments)
+    assert_mentions(str(caught.value), case.mentions)
+
+
+@pytest.mark.parametrize("features", (None, "features", {}, [[[1.0]], [["a"]]]))
+def test_features_that_are_no_array_are_refused(features):
+    with pytest.raises((TypeError, ValueError)):
+        jax_roipool.roi_pool(features, jnp.ones((5, 4)), 2)
+
+
+@pytest.mark.parametrize("rois", (None, "rois", {}))
+def test_rois_that_are_no_array_are_refused(rois):
+    with pytest.raises((TypeError, ValueError)):
+        jax_roipool.roi_pool(jnp.ones(IMAGE), rois, 2)
+
+
+@pytest.mark.parametrize("value", (1.0, -1.0, 1e-30, -1e30, np.nan, np.inf, "0", None))
+def test_convention_refuses_other_empty_values(value):
+    with pytest.raises(ValueError):
+        jax_roipool.Convention(empty_value=value)
+
+
+@pytest.mark.parametrize("field", ("inclusive_end", "overlapping_bins", "float32_edges"))
+def test_convention_is_frozen_and_takes_keywords_only(field):
+    convention = jax_roipool.Convention(**{field: True})
+    assert convention != jax_roipool.Convention()
+    assert hash(convention) == hash(jax_roipool.Convention(**{field: True}))
+    with pytest.raises(AttributeError):
+        setattr(convention, field, False)
+    with pytest.raises(TypeError):
+        jax_roipool.Convention(True)
+
+
+def test_presets_cannot_be_changed():
+    with pytest.raises(TypeError):
+        jax_roipool.CONVENTIONS["partition"] = jax_roipool.Convention(inclusive_end=True)
+
+
+def test_options_are_keyword_only():
+    with pytest.raises(TypeError):
+        jax_roipool.roi_pool(jnp.ones(IMAGE), jnp.ones((5, 4)), 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    "output_size", (2, (2, 2), [2, 2], np.int64(2), (np.int32(2), 2)), ids=repr
+)
+def test_output_size_may_be_any_integers(output_size):
+    # The refusals above must not refuse these.
+    pooled = jax_roipool.roi_pool(
+        jnp.arange(16.0).reshape(4, 4, 1), jnp.asarray([[0.0, 0, 4, 4]]), output_size
+    )
+    assert pooled.ravel().tolist() == [5, 7, 13, 15]
+
+
+def test_lists_of_numbers_are_arrays_or_refused():
+    # `jnp` functions refuse lists; a silent wrong answer would be worse than either.
+    try:
+        pooled = jax_roipool.roi_pool(jnp.arange(4.0).reshape(2, 2, 1), [[0, 0, 2, 2]], 1)
+    except TypeError:
+        return
+    assert pooled.ravel().tolist() == [3]
