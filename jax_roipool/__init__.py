@@ -1,6 +1,38 @@
-"""Region-of-interest pooling for JAX."""
+"""Region-of-interest (RoI) max pooling for JAX and Flax."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from jax_roipool._bins import CONVENTIONS, Convention
 from jax_roipool._roi_pool import roi_pool, roi_pool_with_argmax
 
+if TYPE_CHECKING:
+    from jax_roipool import linen, nnx
+    from jax_roipool.linen import RoIPool
+
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "RoIPool",
+    "linen",
+    "nnx",
+    "roi_pool",
+    "roi_pool_with_argmax",
+]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Flax takes about a second to import; only those who use its modules should wait for it.
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jax_roipool.{name}")
+    if name == "RoIPool":
+        return importlib.import_module("jax_roipool.linen").RoIPool
+    raise AttributeError(f"module 'jax_roipool' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -114,24 +114,42 @@ gather_at_argmax_p = Primitive("gather_at_argmax")
 scatter_at_argmax_p = Primitive("scatter_at_argmax")
 
 
-# Shapes and dtypes.
+# Types of the results. Besides shape and dtype an array's type says over which mesh axes it varies
+# under shard_map. JAX works all of it out from a stand-in: cheap operations with the same shapes
+# that depend on the operands as the primitive does. They are traced and never run.
 
 
-def _rectangle_max_shape(features, *rectangles, with_argmax, empty_value, implementation):
-    groups, _, _, _, channels = features.shape
-    _, row_start, _, col_start, _ = rectangles
-    shape = (groups, *row_start.shape[1:], col_start.shape[2], channels)
-    pooled = jax.core.ShapedArray(shape, features.dtype)
-    return [pooled, jax.core.ShapedArray(shape, jnp.int32)] if with_argmax else [pooled]
+def _rectangle_max_stand_in(
+    features, image_index, row_start, row_end, col_start, col_end, *, with_argmax
+):
+    row, col = row_start + row_end, col_start + col_end
+    cell = row[:, :, :, None] + col[:, :, None, :] + image_index[:, :, None, None]
+    pooled = _sum_of_maps(features) + cell[..., None].astype(features.dtype)
+    return [pooled, pooled.astype(jnp.int32)] if with_argmax else [pooled]
 
 
-def _gather_at_argmax_shape(features, argmax, image_index, *, implementation):
-    return jax.core.ShapedArray(argmax.shape, features.dtype)
+def _gather_at_argmax_stand_in(features, argmax, image_index):
+    cell = argmax + image_index[:, :, None, None, None]
+    return _sum_of_maps(features) + cell.astype(features.dtype)
 
 
-def _scatter_at_argmax_shape(cotangent, argmax, image_index, *, map_shape, implementation):
-    groups, *_, channels = cotangent.shape
-    return jax.core.ShapedArray((groups, *map_shape, channels), cotangent.dtype)
+def _scatter_at_argmax_stand_in(cotangent, argmax, image_index, *, map_shape):
+    cell = argmax + image_index[:, :, None, None, None]
+    shape = (cotangent.shape[0], *map_shape, cotangent.shape[-1])
+    return jnp.broadcast_to(_sum_of_maps(cotangent + cell.astype(cotangent.dtype)), shape)
+
+
+def _sum_of_maps(x):
+    return x.sum(axis=(1, 2, 3), keepdims=True, dtype=x.dtype)
+
+
+def _types(stand_in: Callable, multiple_results: bool) -> Callable:
+    def rule(*operands, implementation, empty_value=None, **params):
+        del implementation, empty_value
+        types = jax.make_jaxpr(functools.partial(stand_in, **params))(*operands).out_avals
+        return types if multiple_results else types[0]
+
+    return rule
 
 
 # Derivatives.
@@ -143,16 +161,18 @@ def _rectangle_max_jvp(primals, tangents, *, with_argmax, empty_value, implement
     )
     tangent, image_index = tangents[0], primals[1]
     if isinstance(tangent, ad.Zero):
-        pooled_dot = ad.Zero.from_primal_value(pooled)
+        pooled_dot = _zero_tangent(pooled)
     else:
         pooled_dot = gather_at_argmax_p.bind(
             tangent, argmax, image_index, implementation=implementation
         )
     if not with_argmax:
         return [pooled], [pooled_dot]
-    return [pooled, argmax], [pooled_dot, ad.Zero.from_primal_value(argmax)]
+    return [pooled, argmax], [pooled_dot, _zero_tangent(argmax)]
 
 
+def _zero_tangent(primal):
+    return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
 def _gather_at_argmax_transpose(cotangent, features, argmax, image_index, *, implementation):
@@ -173,9 +193,7 @@ def _scatter_at_argmax_transpose(
 ):
     if isinstance(gradient, ad.Zero):
         return ad.Zero(cotangent.aval), None, None
-    gathered = gather_at_argmax_p.bind(
-        gradient, argmax, image_index, implementation=implementation
-    )
+    gathered = gather_at_argmax_p.bind(gradient, argmax, image_index, implementation=implementation)
     return gathered, None, None
 
 
@@ -200,7 +218,7 @@ def _batch_into_groups(primitive: Primitive, operands, dims, **params):
 
 def _batch_into_rois(primitive: Primitive, operands, dims, **params):
     """The mapped axis joins K, as long as the features are not mapped themselves."""
-    if dims[0] is not batching.not_mapped:
+    if dims[0] is not None:
         return _batch_into_groups(primitive, operands, dims, **params)
     size = _mapped_size(operands, dims)
     features, *others = operands
@@ -212,15 +230,13 @@ def _batch_into_rois(primitive: Primitive, operands, dims, **params):
 
 def _mapped_size(operands, dims) -> int:
     return next(
-        operand.shape[dim]
-        for operand, dim in zip(operands, dims, strict=True)
-        if dim is not batching.not_mapped
+        operand.shape[dim] for operand, dim in zip(operands, dims, strict=True) if dim is not None
     )
 
 
 def _mapped_at(position, operand, dim, size):
     """The operand with its mapped axis, or a new one of that size, at `position`."""
-    if dim is not batching.not_mapped:
+    if dim is not None:
         return jnp.moveaxis(operand, dim, position)
     shape = operand.shape
     return jnp.broadcast_to(
@@ -244,7 +260,9 @@ def _split(primitive, results, axis, sizes):
 # Lowering, and what a call outside of jit does.
 
 
-def _lower(primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands, implementation, **params):
+def _lower(
+    primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands, implementation, **params
+):
     backend = _backends.select(implementation, ctx.module_context.platforms)
     rule = mlir.lower_fun(
         getattr(backend, primitive.name), multiple_results=primitive.multiple_results
@@ -252,8 +270,8 @@ def _lower(primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands, imple
     return rule(ctx, *operands, **params)
 
 
-def _register(primitive: Primitive, shape_rule: Callable, batching_rule: Callable) -> None:
-    primitive.def_abstract_eval(shape_rule)
+def _register(primitive: Primitive, stand_in: Callable, batching_rule: Callable) -> None:
+    primitive.def_abstract_eval(_types(stand_in, primitive.multiple_results))
     primitive.def_impl(_compiled(primitive))
     batching.primitive_batchers[primitive] = functools.partial(batching_rule, primitive)
     mlir.register_lowering(primitive, functools.partial(_lower, primitive))
@@ -267,9 +285,9 @@ def _compiled(primitive: Primitive) -> Callable:
     return lambda *operands, **params: call(*operands, params=tuple(params.items()))
 
 
-_register(rectangle_max_p, _rectangle_max_shape, _batch_into_rois)
-_register(gather_at_argmax_p, _gather_at_argmax_shape, _batch_into_rois)
-_register(scatter_at_argmax_p, _scatter_at_argmax_shape, _batch_into_groups)
+_register(rectangle_max_p, _rectangle_max_stand_in, _batch_into_rois)
+_register(gather_at_argmax_p, _gather_at_argmax_stand_in, _batch_into_rois)
+_register(scatter_at_argmax_p, _scatter_at_argmax_stand_in, _batch_into_groups)
 
 ad.primitive_jvps[rectangle_max_p] = _rectangle_max_jvp
 _jvp_linear_in_first(gather_at_argmax_p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_roipool import _backends
@@ -149,13 +150,16 @@ def _roi_pool(
     with_argmax: bool,
 ):
     maps = canonical_features(features, rois)
-    map_shape = maps.shape[1:4]
-    images, height, width = map_shape
+    _, images, height, width, _ = maps.shape
     cells = canonical_rois(rois, roi_mask, spatial_scale, images)
     rows = bin_edges(cells.y1, cells.y2, output_size[0], height, convention)
     cols = bin_edges(cells.x1, cells.x2, output_size[1], width, convention)
     rectangles = Rectangles(cells.image_index, *rows, *cols)
-    options = Options(map_shape, convention.empty_value, implementation)
+    options = Options((images, height, width), convention.empty_value, implementation)
+    # Nothing of the RoIs, joined to the features: under shard_map the features then vary over every
+    # mesh axis that the RoIs vary over, and their gradient is summed over it.
+    nothing = maps[:, :0] + cells.image_index[:, :0, None, None, None].astype(maps.dtype)
+    maps = jnp.concatenate([maps, nothing], axis=1)
     pool = rectangle_max_with_argmax if with_argmax else rectangle_max
     return jax.tree.map(
         lambda result: result.reshape(*rois.shape[:-1], *result.shape[2:]),

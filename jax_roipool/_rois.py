@@ -73,18 +73,16 @@ def _check_layout(features: jax.Array, rois: jax.Array) -> None:
         (4, 2, 5): "[N, H, W, C] with [R, 5], the image index first",
     }
     if (features.ndim, rois.ndim, rois.shape[-1] if rois.ndim else None) not in layouts:
-        raise ValueError(
-            f"features and rois must be one of: {'; '.join(layouts.values())}; {got}"
-        )
+        raise ValueError(f"features and rois must be one of: {'; '.join(layouts.values())}; {got}")
     if rois.ndim == 3 and rois.shape[0] != features.shape[0]:
-        raise ValueError(
-            f"features [N, H, W, C] and rois [N, K, 4] must have one N, {got}"
-        )
+        raise ValueError(f"features [N, H, W, C] and rois [N, K, 4] must have one N, {got}")
     height, width = features.shape[-3:-1]
     if height == 0 or width == 0:
         raise ValueError(f"a feature map must have at least one cell, {got}")
     if height * width >= 2**31:
-        raise ValueError(f"a feature map must have less than 2**31 cells, as argmax is int32, {got}")
+        raise ValueError(
+            f"a feature map must have less than 2**31 cells, as argmax is int32, {got}"
+        )
 
 
 def _check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None:

@@ -7,7 +7,7 @@ IMPLEMENTATIONS = ("xla",)
 
 # The same examples on every run, and no deadline: the first example of a shape compiles.
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, database=None, max_examples=25
+    "repeatable", derandomize=True, deadline=None, database=None, max_examples=20
 )
 hypothesis.settings.load_profile("repeatable")
 

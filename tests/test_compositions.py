@@ -137,7 +137,7 @@ def test_vmap_of_hessian_vector_product(pool):
     directions = whole_cotangent(FEATURES.shape)
     products = jax.jit(jax.vmap(product))(FEATURES, ROIS, directions)
     for i in range(SETS):
-        pooled, argmax = oracle.roi_pool(FEATURES[i], ROIS[i], OUTPUT_SIZE, resolved(CONVENTION))
+        _, argmax = oracle.roi_pool(FEATURES[i], ROIS[i], OUTPUT_SIZE, resolved(CONVENTION))
         cells = np.asarray(directions[i]).reshape(-1, CHANNELS)
         gathered = cells[argmax, np.arange(CHANNELS)]
         assert np.any(argmax >= 0)

@@ -7,12 +7,14 @@ import pytest
 from jax.test_util import check_grads
 
 import jax_roipool
+import oracle
 from harness import (
     assert_same,
     distinct_features,
     pool,
     pool_and_grad,
     random_rois,
+    resolved,
     whole_cotangent,
 )
 
@@ -83,18 +85,18 @@ def test_channels_and_images_do_not_mix(implementation):
     assert_same(grad, expected)
 
 
-@pytest.mark.parametrize("convention", ("partition", "torchvision"))
-def test_gradient_agrees_with_finite_differences(convention, implementation):
+def test_gradient_agrees_with_finite_differences(implementation):
     # Values a whole unit apart: a small step changes no maximum.
     features = distinct_features((2, 7, 8, 2)) / 4
     rois = random_rois(5, 7, 8, images=2)
 
     def f(features):
         return jax_roipool.roi_pool(
-            features, rois, (2, 3), convention=convention, implementation=implementation
+            features, rois, (2, 3), convention="torchvision", implementation=implementation
         )
 
     assert np.count_nonzero(f(features)) > 40
+    f = jax.jit(f)
     check_grads(f, (features,), order=2, modes=("rev",), eps=1e-2, atol=1e-2, rtol=1e-2)
 
 
@@ -107,7 +109,7 @@ def test_rois_scale_and_mask_get_zero_cotangents_of_their_own_type(implementatio
             features, rois, 2, spatial_scale=scale, roi_mask=mask, implementation=implementation
         )
 
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+    for dtype in (jnp.float32, jnp.bfloat16):
         rois = random_rois(3, 6, 6).astype(dtype)
         pooled, pullback = jax.vjp(f, features, rois, jnp.float32(1), mask)
         features_bar, rois_bar, scale_bar, mask_bar = pullback(jnp.ones_like(pooled))
@@ -195,9 +197,9 @@ def cubes(rois, implementation):
     return f
 
 
-def second_derivative(features, rois, direction, implementation):
+def second_derivative(features, rois, direction):
     """The Hessian-vector product of `cubes`: every bin adds `6 * pooled * direction[argmax]`."""
-    pooled, argmax = pool((2, 3), "torchvision", implementation)(features, rois)
+    pooled, argmax = oracle.roi_pool(features, rois, (2, 3), resolved("torchvision"))
     height, width, channels = features.shape
     expected = np.zeros((height * width, channels), np.float32)
     for index in np.ndindex(*argmax.shape):
@@ -213,7 +215,7 @@ def test_grad_of_grad(implementation):
     rois = random_rois(4, 6, 7)
     f = cubes(rois, implementation)
     hvp = jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), direction))(features)
-    expected = second_derivative(features, rois, direction, implementation)
+    expected = second_derivative(features, rois, direction)
     assert np.any(expected)
     np.testing.assert_allclose(hvp, expected, rtol=1e-6)
 
@@ -224,7 +226,8 @@ def test_forward_over_reverse_hessian_vector_product(implementation):
     f = cubes(rois, implementation)
     grad, hvp = jax.jvp(jax.grad(f), (features,), (direction,))
     np.testing.assert_allclose(grad, jax.grad(f)(features), rtol=1e-6)
-    expected = second_derivative(features, rois, direction, implementation)
+    expected = second_derivative(features, rois, direction)
+    assert np.any(expected)
     np.testing.assert_allclose(hvp, expected, rtol=1e-6)
 
 

@@ -67,12 +67,6 @@ def test_forward_memory_with_flat_rois(pool):
     np.testing.assert_array_equal(pooled[1::2].max((0, 1, 2)), x[1].max((0, 1)))
 
 
-def test_forward_memory_with_rois_per_image(pool):
-    x = features(2)
-    pooled = assert_growth_is_per_bin(pool, lambda count: (x, rois(2, count // 2)))
-    np.testing.assert_array_equal(pooled.max((1, 2, 3)), x.max((1, 2)))
-
-
 def test_gradient_memory_does_not_grow_with_rois_times_map(pool):
     def grad(x, rois):
         return jax.grad(lambda x: jnp.sum(pool(x, rois)))(x)
@@ -127,11 +121,3 @@ def test_vmap_over_scales_does_not_copy_the_map(pool):
     assert apart < together + 2 * MAP_BYTES
     pooled = compiled(x, rois(count), scales)
     np.testing.assert_array_equal(pooled[-1].max((0, 1, 2)), x.max((0, 1)))
-
-
-def test_memory_of_one_large_map_is_a_few_maps(pool):
-    # Few RoIs: what remains is per map, and the map is read in place or scanned a few times.
-    x = features()
-    compiled, needed = compiled_and_bytes(pool, x, rois(4))
-    assert needed < 16 * MAP_BYTES
-    np.testing.assert_array_equal(compiled(x, rois(4)).max((0, 1, 2)), x.max((0, 1)))

@@ -45,6 +45,6 @@ def select(implementation: str | None, platforms: Sequence[str]) -> Backend:
 
 def _listing() -> str:
     return ", ".join(
-        f"{b.name!r} ({'every platform' if b.platforms is None else ', '.join(sorted(b.platforms))})"
-        for b in BACKENDS
+        f"{backend.name!r} ({', '.join(sorted(backend.platforms or ['every platform']))})"
+        for backend in BACKENDS
     )
