@@ -1,0 +1,56 @@
+"""The portable backend's own seams: chunks of RoIs, and maps past the reach of an int32 index."""
+
+import jax
+import numpy as np
+import pytest
+
+import jax_roipool
+from harness import assert_same, distinct_features, random_rois, whole_cotangent
+from jax_roipool._backends import xla
+
+FEATURES = distinct_features((3, 8, 9, 4))
+ROIS = random_rois(7, 8, 9, images=3)
+COTANGENT = whole_cotangent((7, 2, 3, 4))
+
+
+def pool_and_gradient():
+    jax.clear_caches()
+
+    def pool(features):
+        return jax_roipool.roi_pool_with_argmax(
+            features, ROIS, (2, 3), convention="torchvision", implementation="xla"
+        )
+
+    pooled, pullback, argmax = jax.vjp(pool, FEATURES, has_aux=True)
+    return pooled, argmax, pullback(COTANGENT)[0]
+
+
+@pytest.fixture(scope="module")
+def want():
+    return pool_and_gradient()
+
+
+@pytest.mark.parametrize("rois_at_once", (1, 2, 3, 6))
+def test_chunks_change_nothing(rois_at_once, want, monkeypatch):
+    bytes_per_roi = FEATURES[0].nbytes
+    monkeypatch.setattr(xla, "CHUNK_BYTES", rois_at_once * bytes_per_roi)
+    for got, expected in zip(pool_and_gradient(), want, strict=True):
+        assert_same(got, expected)
+
+
+def test_gradient_of_a_map_past_int32(want, monkeypatch):
+    monkeypatch.setattr(xla, "INDEX_LIMIT", FEATURES.size)
+    assert_same(pool_and_gradient()[2], want[2])
+
+
+def test_rois_are_taken_in_chunks_that_fit():
+    # 128 RoIs on this map would take 498 MB at once.
+    features = jax.ShapeDtypeStruct((1, 38, 50, 512), np.float32)
+    rois = jax.ShapeDtypeStruct((1, 128, 4), np.float32)
+    compiled = (
+        jax.jit(lambda *args: jax_roipool.roi_pool(*args, 7, implementation="xla"))
+        .lower(features, rois)
+        .compile()
+    )
+    map_bytes = 38 * 50 * 512 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * map_bytes
