@@ -168,7 +168,7 @@ def compose_scene(
         glyph = transform.resize(sources.glyphs[digit], (height, width), order=1)
         opacity = np.clip(1.5 * glyph, 0, 1)  # makes faint strokes legible
         image[window] += opacity[..., None] * (random_ink(rng, image[window]) - image[window])
-        boxes.append(ink_box(opacity) + (left, top, left, top))
+        boxes.append(ink_box(opacity) + np.array([left, top, left, top]))
         labels.append(sources.labels[digit])
     return image, boxes, labels
 

@@ -175,7 +175,7 @@ def test_rois_that_are_no_array_are_refused(rois):
 
 @pytest.mark.parametrize("value", (1.0, -1.0, 1e-30, -1e30, np.nan, np.inf, "0", None))
 def test_convention_refuses_other_empty_values(value):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="empty_value"):
         jax_roipool.Convention(empty_value=value)
 
 
