@@ -282,7 +282,11 @@ def _compiled(primitive: Primitive) -> Callable:
     def call(*operands, params):
         return primitive.bind(*operands, **dict(params))
 
-    return lambda *operands, **params: call(*operands, params=tuple(params.items()))
+    def impl(*operands, **params):
+        with jax.disable_jit(False):  # else call would bind, and bind would call, without end
+            return call(*operands, params=tuple(params.items()))
+
+    return impl
 
 
 _register(rectangle_max_p, _rectangle_max_stand_in, _batch_into_rois)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_roipool import _backends
 from jax_roipool._bins import Convention, as_convention, bin_edges
+from jax_roipool._manual_axes import vary_with
 from jax_roipool._rectangle_max import (
     Options,
     Rectangles,
@@ -156,10 +156,7 @@ def _roi_pool(
     cols = bin_edges(cells.x1, cells.x2, output_size[1], width, convention)
     rectangles = Rectangles(cells.image_index, *rows, *cols)
     options = Options((images, height, width), convention.empty_value, implementation)
-    # Nothing of the RoIs, joined to the features: under shard_map the features then vary over every
-    # mesh axis that the RoIs vary over, and their gradient is summed over it.
-    nothing = maps[:, :0] + cells.image_index[:, :0, None, None, None].astype(maps.dtype)
-    maps = jnp.concatenate([maps, nothing], axis=1)
+    maps = vary_with(maps, cells.image_index)
     pool = rectangle_max_with_argmax if with_argmax else rectangle_max
     return jax.tree.map(
         lambda result: result.reshape(*rois.shape[:-1], *result.shape[2:]),

@@ -51,7 +51,7 @@ def check_arguments(
     features: ArrayLike, rois: ArrayLike, spatial_scale: ArrayLike, roi_mask: ArrayLike | None
 ) -> Arguments:
     """Arrays of the arguments, or the error that says which of them cannot be right."""
-    features, rois = jnp.asarray(features), jnp.asarray(rois)
+    features, rois = _as_array("features", features), _as_array("rois", rois)
     if features.dtype.name not in FEATURE_DTYPES:
         raise TypeError(
             f"features must be of one of the dtypes {', '.join(FEATURE_DTYPES)}, "
@@ -88,7 +88,7 @@ def _check_layout(features: jax.Array, rois: jax.Array) -> None:
 def _check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None:
     if roi_mask is None:
         return None
-    roi_mask = jnp.asarray(roi_mask)
+    roi_mask = _as_array("roi_mask", roi_mask)
     if roi_mask.dtype != jnp.bool_:
         raise TypeError(
             f"roi_mask must be of dtype bool, True for a real RoI, got {_describe(roi_mask)}"
@@ -109,7 +109,7 @@ def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
             "spatial_scale must be a positive finite number, cells per unit of the RoI "
             f"coordinates (1/16 for a stride of 16), got {spatial_scale!r}"
         )
-    spatial_scale = jnp.asarray(spatial_scale)
+    spatial_scale = _as_array("spatial_scale", spatial_scale)
     if not _is_real(spatial_scale.dtype):
         raise TypeError(f"spatial_scale must be a real number, got {_describe(spatial_scale)}")
     if spatial_scale.shape != ():
@@ -170,6 +170,13 @@ def _widen(index: jax.Array) -> jax.Array:
     if index.dtype.itemsize >= 4:
         return index
     return index.astype(jnp.float32 if jnp.issubdtype(index.dtype, jnp.floating) else jnp.int32)
+
+
+def _as_array(name: str, value: ArrayLike) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, got {value!r}") from error
 
 
 def _is_real(dtype: np.dtype) -> bool:
