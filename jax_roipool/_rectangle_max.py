@@ -44,58 +44,44 @@ class Rectangles(NamedTuple):
 class Options(NamedTuple):
     """What is known when the operator is traced, beside shapes."""
 
+    with_argmax: bool
     map_shape: tuple[int, int, int]  # n, H, W
     empty_value: float
     implementation: str | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rectangle_max(features: jax.Array, rectangles: Rectangles, options: Options) -> jax.Array:
-    """Maximum of each rectangle, `[G, K, P, Q, C]`."""
-    return _bind_max(features, rectangles, options, with_argmax=False)[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rectangle_max_with_argmax(
+def rectangle_max(
     features: jax.Array, rectangles: Rectangles, options: Options
-) -> tuple[jax.Array, jax.Array]:
-    """Maximum of each rectangle and its cell, `row * W + column` or -1, both `[G, K, P, Q, C]`."""
-    return _bind_max(features, rectangles, options, with_argmax=True)
+) -> tuple[jax.Array, ...]:
+    """Maximum of each rectangle, `[G, K, P, Q, C]`; with it, if asked for, its cell.
+
+    The cell is `row * W + column`, int32, or -1 where there is none.
+    """
+    return _bind_max(features, rectangles, options, options.with_argmax)
 
 
 def _rectangle_max_fwd(features, rectangles, options):
     pooled, argmax = _bind_max(features, rectangles, options, with_argmax=True)
-    return pooled, (argmax, rectangles)
+    results = (pooled, argmax) if options.with_argmax else (pooled,)
+    return results, (argmax, rectangles.image_index)
 
 
-def _rectangle_max_with_argmax_fwd(features, rectangles, options):
-    pooled, argmax = _bind_max(features, rectangles, options, with_argmax=True)
-    return (pooled, argmax), (argmax, rectangles)
-
-
-def _rectangle_max_bwd(options, residuals, cotangent):
+def _rectangle_max_bwd(options, residuals, cotangents):
     """The gradient of a bin goes whole to its argmax."""
-    argmax, rectangles = residuals
     gradient = scatter_at_argmax_p.bind(
-        cotangent,
-        argmax,
-        rectangles.image_index,
+        cotangents[0],
+        *residuals,
         map_shape=options.map_shape,
         implementation=options.implementation,
     )
     return gradient, None
 
 
-def _rectangle_max_with_argmax_bwd(options, residuals, cotangents):
-    cotangent, _ = cotangents
-    return _rectangle_max_bwd(options, residuals, cotangent)
-
-
 rectangle_max.defvjp(_rectangle_max_fwd, _rectangle_max_bwd)
-rectangle_max_with_argmax.defvjp(_rectangle_max_with_argmax_fwd, _rectangle_max_with_argmax_bwd)
 
 
-def _bind_max(features, rectangles, options, *, with_argmax):
+def _bind_max(features, rectangles, options, with_argmax):
     return tuple(
         rectangle_max_p.bind(
             features,

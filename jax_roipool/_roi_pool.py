@@ -10,12 +10,7 @@ from jax.typing import ArrayLike
 from jax_roipool import _backends
 from jax_roipool._bins import Convention, as_convention, bin_edges
 from jax_roipool._manual_axes import vary_with
-from jax_roipool._rectangle_max import (
-    Options,
-    Rectangles,
-    rectangle_max,
-    rectangle_max_with_argmax,
-)
+from jax_roipool._rectangle_max import Options, Rectangles, rectangle_max
 from jax_roipool._rois import (
     canonical_features,
     canonical_rois,
@@ -83,9 +78,10 @@ def roi_pool(
            [[ 5.,  6.],
             [13., 14.]]], dtype=float32)
     """
-    return _checked_roi_pool(
+    (pooled,) = _checked_roi_pool(
         features, rois, output_size, spatial_scale, roi_mask, convention, implementation, False
     )
+    return pooled
 
 
 def roi_pool_with_argmax(
@@ -116,9 +112,10 @@ def roi_pool_with_argmax(
     Array([[ 5,  7],
            [13, 15]], dtype=int32)
     """
-    return _checked_roi_pool(
+    pooled, argmax = _checked_roi_pool(
         features, rois, output_size, spatial_scale, roi_mask, convention, implementation, True
     )
+    return pooled, argmax
 
 
 def _checked_roi_pool(
@@ -139,26 +136,24 @@ def _checked_roi_pool(
     jax.jit, static_argnames=("output_size", "convention", "implementation", "with_argmax")
 )
 def _roi_pool(
-    features,
-    rois,
-    roi_mask,
-    spatial_scale,
+    features: jax.Array,
+    rois: jax.Array,
+    roi_mask: jax.Array | None,
+    spatial_scale: jax.Array,
     *,
     output_size: tuple[int, int],
     convention: Convention,
     implementation: str | None,
     with_argmax: bool,
-):
+) -> list[jax.Array]:
     maps = canonical_features(features, rois)
     _, images, height, width, _ = maps.shape
     cells = canonical_rois(rois, roi_mask, spatial_scale, images)
     rows = bin_edges(cells.y1, cells.y2, output_size[0], height, convention)
     cols = bin_edges(cells.x1, cells.x2, output_size[1], width, convention)
-    rectangles = Rectangles(cells.image_index, *rows, *cols)
-    options = Options((images, height, width), convention.empty_value, implementation)
-    maps = vary_with(maps, cells.image_index)
-    pool = rectangle_max_with_argmax if with_argmax else rectangle_max
-    return jax.tree.map(
-        lambda result: result.reshape(*rois.shape[:-1], *result.shape[2:]),
-        pool(maps, rectangles, options),
+    results = rectangle_max(
+        vary_with(maps, cells.image_index),
+        Rectangles(cells.image_index, *rows, *cols),
+        Options(with_argmax, (images, height, width), convention.empty_value, implementation),
     )
+    return [result.reshape(*rois.shape[:-1], *result.shape[2:]) for result in results]

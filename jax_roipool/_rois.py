@@ -21,7 +21,6 @@ from jax_roipool._bins import MAX_BINS
 CELL_LIMIT = 2.0**29
 """RoIs are kept within this many cells of the origin, where no int32 sum can overflow."""
 
-
 FEATURE_DTYPES = (
     *("float32", "bfloat16", "float16", "float64"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
