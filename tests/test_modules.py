@@ -11,14 +11,20 @@ import optax
 import pytest
 
 import jax_roipool
-from harness import assert_same, distinct_features, random_rois
+import oracle
+from harness import assert_same, distinct_features, random_rois, resolved
 from jax_roipool import linen, nnx
 
 FEATURES = distinct_features((2, 8, 9, 3))
 ROIS = jnp.stack([16 * random_rois(5, 8, 9, seed) for seed in (1, 2)])
 MASK = jnp.array([[True, True, False, True, False], [False, True, True, True, True]])
 OPTIONS = {"spatial_scale": 1 / 16, "convention": "chainer", "implementation": "xla"}
-WANT = jax_roipool.roi_pool(FEATURES, ROIS, (2, 3), roi_mask=MASK, **OPTIONS)
+
+
+def expected(output_size, convention, spatial_scale, roi_mask=None):
+    options = {"spatial_scale": spatial_scale, "roi_mask": roi_mask}
+    pooled, _ = oracle.roi_pool(FEATURES, ROIS, output_size, resolved(convention), **options)
+    return pooled
 
 
 def linen_layer(*args, **kwargs):
@@ -28,13 +34,13 @@ def linen_layer(*args, **kwargs):
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
 def test_module_equals_the_function(layer):
-    assert_same(layer((2, 3), **OPTIONS)(FEATURES, ROIS, MASK), WANT)
+    pooled = layer((2, 3), **OPTIONS)(FEATURES, ROIS, MASK)
+    assert_same(pooled, expected((2, 3), "chainer", 1 / 16, MASK))
 
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
 def test_defaults_are_the_functions(layer):
-    want = jax_roipool.roi_pool(FEATURES, ROIS / 16, 2)
-    assert_same(layer(2)(FEATURES, ROIS / 16), want)
+    assert_same(layer(2)(FEATURES, ROIS), expected((2, 2), "partition", 1.0))
 
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))

@@ -37,6 +37,8 @@ PROGRAM = textwrap.dedent(
         "channels": (P(None, None, None, "d"), P(), P(None, None, None, None, "d")),
         "rois": (P(), P(None, "d"), P(None, "d")),
     }
+    assert pool(features, rois).any()
+    assert gradient(pool).any()
     result = {}
     for name, (feature_spec, roi_spec, out_spec) in SHARDED.items():
         mapped = jax.jit(

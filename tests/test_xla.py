@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import jax_roipool
-from harness import assert_same, distinct_features, random_rois, whole_cotangent
+import oracle
+from harness import assert_same, distinct_features, random_rois, resolved, whole_cotangent
 from jax_roipool._backends import xla
 
 FEATURES = distinct_features((3, 8, 9, 4))
@@ -27,7 +28,9 @@ def pool_and_gradient():
 
 @pytest.fixture(scope="module")
 def want():
-    return pool_and_gradient()
+    pooled, argmax = oracle.roi_pool(FEATURES, ROIS, (2, 3), resolved("torchvision"))
+    gradient = oracle.roi_pool_grad(COTANGENT, argmax, FEATURES.shape, ROIS)
+    return pooled, argmax, gradient.astype(np.float32)
 
 
 @pytest.mark.parametrize("rois_at_once", (1, 2, 3, 6))
