@@ -145,7 +145,7 @@ def _roi_pool(
     convention: Convention,
     implementation: str | None,
     with_argmax: bool,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     maps = canonical_features(features, rois)
     _, images, height, width, _ = maps.shape
     cells = canonical_rois(rois, roi_mask, spatial_scale, images)
@@ -156,4 +156,4 @@ def _roi_pool(
         Rectangles(cells.image_index, *rows, *cols),
         Options(with_argmax, (images, height, width), convention.empty_value, implementation),
     )
-    return [result.reshape(*rois.shape[:-1], *result.shape[2:]) for result in results]
+    return jax.tree.map(lambda x: x.reshape(*rois.shape[:-1], *x.shape[2:]), results)

@@ -34,8 +34,11 @@ def spanning(dtype):
         pool = np.array([info.min, info.min + 1, 0, 1, info.max - 1, info.max], dtype)
     else:
         top = jnp.finfo(dtype).max
-        tiny = jnp.finfo(dtype).eps
-        pool = np.array([-top, -1, -1 - tiny, 1, 1 + tiny, top, -np.inf], np.float64).astype(dtype)
+        eps = jnp.finfo(dtype).eps
+        # XLA takes subnormals for zeros when it compares floats on a CPU.
+        tiny = float(jnp.finfo(dtype).smallest_subnormal)
+        near_zero = [-tiny, 0.0, tiny, 2 * tiny]
+        pool = np.array([-top, -1, -1 - eps, *near_zero, 1, 1 + eps, top, -np.inf]).astype(dtype)
     return np.random.default_rng(0).choice(pool, SHAPE)
 
 

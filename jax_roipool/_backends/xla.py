@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 CHUNK_BYTES = 1 << 22
@@ -152,22 +153,27 @@ def _max_over_bins(keys, start, end):
 
 
 def _to_key(features):
-    """Integers in the order of the features: NaN largest, zeros equal."""
+    """Integers in the order of the features: NaN largest, zeros equal.
+
+    Not one float is compared: a platform may take a subnormal for zero.
+    """
     dtype = features.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         return features
     integer = _integer_like(dtype)
     largest = jnp.iinfo(integer).max
-    bits = lax.bitcast_convert_type(jnp.where(features == 0, 0, features).astype(dtype), integer)
-    # Negative floats grow in magnitude as their bits count up: turn their order around.
-    return jnp.where(jnp.isnan(features), largest, jnp.where(bits < 0, bits ^ largest, bits))
+    bits = lax.bitcast_convert_type(features, integer)
+    magnitude = bits & largest
+    infinity = np.array(np.inf, dtype).view(integer)
+    keys = jnp.where(bits < 0, -magnitude, magnitude)
+    return jnp.where(magnitude > infinity, largest, keys)
 
 
 def _from_key(keys, dtype):
     if not jnp.issubdtype(dtype, jnp.floating):
         return keys
-    largest = jnp.iinfo(keys.dtype).max
-    return lax.bitcast_convert_type(jnp.where(keys < 0, keys ^ largest, keys), dtype)
+    sign = jnp.iinfo(keys.dtype).min
+    return lax.bitcast_convert_type(jnp.where(keys < 0, -keys | sign, keys), dtype)
 
 
 def _integer_like(dtype):
