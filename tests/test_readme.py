@@ -1,0 +1,44 @@
+"""The README's Python runs as it stands there."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+N, K, CHANNELS = 2, 4, 3
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What the README's blocks leave behind, one after the other."""
+    names = {
+        "jnp": jnp,
+        "K": K,
+        "count": jnp.array([2, 4]),
+        "features": jnp.ones((N, 8, 8, CHANNELS)),
+        "rois": jnp.broadcast_to(jnp.array([0.0, 0.0, 128.0, 128.0]), (N, K, 4)),
+    }
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def test_flax_model(names):
+    model = names["Head"]()
+    mask = jnp.arange(K) < names["count"][:, None]
+    variables = model.init(jax.random.key(0), names["features"], names["rois"])
+    scores, boxes = model.apply(variables, names["features"], names["rois"], mask)
+    assert (scores.shape, boxes.shape) == ((N, K, 21), (N, K, 4))
+
+
+def test_padding(names):
+    real = np.asarray(names["pooled"]).any(axis=(2, 3, 4))
+    np.testing.assert_array_equal(real, [[True, True, False, False], [True] * 4])
+
+
+def test_argmax(names):
+    assert names["argmax"].shape == (N, K, 7, 7, CHANNELS)
