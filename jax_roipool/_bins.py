@@ -24,12 +24,13 @@ class Convention:
     - `[x1 + floor(i*b), x1 + ceil((i + 1)*b))` with `overlapping_bins`,
     - `[x1 + floor(i*b), x1 + max(floor(i*b) + 1, floor((i + 1)*b)))` without,
 
-    as far as they lie inside the map.
+    as far as they lie inside the map. The bins of a RoI of fewer cells than bins share cells
+    either way.
 
     Args:
       inclusive_end: `x2` is the last cell of the RoI, not the one after it.
       overlapping_bins: bin ends are rounded up, so that neighbours can share a cell; else they
-        are rounded down and neighbours meet.
+        are rounded down, and neighbours meet.
       float32_edges: `b` and its multiples are rounded to float32, as in torchvision; else they
         are exact.
       empty_value: what a bin without cells pools to, 0 or -inf (for integer features -inf is the
@@ -57,7 +58,10 @@ class Convention:
         for flag in ("inclusive_end", "overlapping_bins", "float32_edges"):
             if not isinstance(getattr(self, flag), bool):
                 raise TypeError(f"Convention.{flag} must be a bool, got {getattr(self, flag)!r}")
-        if self.empty_value not in (0.0, float("-inf")):
+        if not isinstance(self.empty_value, (int, float)) or self.empty_value not in (
+            0.0,
+            float("-inf"),
+        ):
             raise ValueError(
                 f"Convention.empty_value must be 0.0 or -inf, got {self.empty_value!r}"
             )
@@ -105,7 +109,7 @@ def bin_edges(
     Returns:
       `bin_start`, `bin_end`: int32 `[..., P]`, half-open; an empty bin has `bin_end <= bin_start`.
     """
-    length = jnp.maximum(end - start + convention.inclusive_end, 1)
+    length = jnp.maximum(end - start + int(convention.inclusive_end), 1)[..., None]
     if convention.float32_edges:
         floor, ceil = _float32_multiples(length, bins)
     else:
@@ -119,18 +123,24 @@ def bin_edges(
     return jnp.clip(start + bin_start, 0, size), jnp.clip(start + bin_end, 0, size)
 
 
+def _bin_index(length: jax.Array, bins: int) -> jax.Array:
+    """`0..bins` along the last axis of `length`, which is of size 1."""
+    return lax.broadcasted_iota(jnp.int32, (*length.shape[:-1], bins + 1), length.ndim - 1)
+
+
 def _exact_multiples(length: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
     """Floor and ceiling of `i * length / bins` for `i` in `0..bins`, without overflow."""
-    i = jnp.arange(bins + 1, dtype=jnp.int32)
-    quotient, remainder = jnp.divmod(length[..., None], bins)
+    i = _bin_index(length, bins)
+    quotient, remainder = jnp.divmod(length, bins)
     whole, part = i * quotient, i * remainder
     return whole + part // bins, whole - (-part // bins)
 
 
 def _float32_multiples(length: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
     """Floor and ceiling of `float32(i) * (float32(length) / float32(bins))`."""
-    i = jnp.arange(bins + 1, dtype=jnp.float32)
-    edges = i * _float32_quotient(length.astype(jnp.float32), bins)[..., None]
+    edges = _bin_index(length, bins).astype(jnp.float32) * _float32_quotient(
+        length.astype(jnp.float32), bins
+    )
     return jnp.floor(edges).astype(jnp.int32), jnp.ceil(edges).astype(jnp.int32)
 
 
@@ -141,10 +151,12 @@ def _float32_quotient(dividend: jax.Array, divisor: int) -> jax.Array:
     quotient's neighbours are compared by what each leaves of the dividend, which is exact: with
     the upper half of a neighbour's bits and the lower half apart, no product has over 24 bits.
     """
-    approximate = lax.bitcast_convert_type(dividend / divisor, jnp.int32)
-    bits = approximate[..., None] + jnp.arange(-2, 3, dtype=jnp.int32)
-    upper = lax.bitcast_convert_type(bits & ~0xFFF, jnp.float32)
-    quotient = lax.bitcast_convert_type(bits, jnp.float32)
-    left = (dividend[..., None] - upper * divisor) - (quotient - upper) * divisor
-    nearest = jnp.argmin(jnp.abs(left), axis=-1, keepdims=True)
-    return jnp.take_along_axis(quotient, nearest, axis=-1)[..., 0]
+    bits = lax.bitcast_convert_type(dividend / divisor, jnp.int32)
+    best, left_by_best = dividend, jnp.full_like(dividend, jnp.inf)
+    for step in range(-2, 3):
+        quotient = lax.bitcast_convert_type(bits + step, jnp.float32)
+        upper = lax.bitcast_convert_type((bits + step) & ~0xFFF, jnp.float32)
+        left = jnp.abs((dividend - upper * divisor) - (quotient - upper) * divisor)
+        best = jnp.where(left < left_by_best, quotient, best)
+        left_by_best = jnp.minimum(left, left_by_best)
+    return best

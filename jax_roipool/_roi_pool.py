@@ -37,7 +37,8 @@ def roi_pool(
     gradient goes whole to its maximum, the first in row-major order among equals.
 
     A RoI that `roi_mask` excludes, one with a coordinate that is not finite, and one whose image
-    index names no image pool to 0 and pass no gradient.
+    index names no image pool to 0 and pass no gradient. So do all if a traced `spatial_scale` is
+    not finite.
 
     Args:
       features: `[H, W, C]` or `[N, H, W, C]`, floating (16 bits or more) or integer.
@@ -62,8 +63,8 @@ def roi_pool(
 
     Raises:
       TypeError: a dtype that cannot be pooled, or that cannot be coordinates or a mask.
-      ValueError: shapes that do not go together, an output size or a scale that is not positive,
-        an unknown convention or implementation, or an implementation that the platform cannot run.
+      ValueError: shapes that do not go together, an output size that is not positive, a Python or
+        NumPy number for a scale that is not positive and finite, an unknown convention or implementation, or an implementation that the platform cannot run.
 
     The operator is that of Girshick, "Fast R-CNN" (https://arxiv.org/abs/1504.08083), section
     2.1. The paper leaves the rounding of bins open; `convention` names how others have settled it.

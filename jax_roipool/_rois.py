@@ -6,8 +6,8 @@ inside their group. Per-image RoIs are n = 1; flat `[R, 5]` RoIs are G = 1.
 
 from __future__ import annotations
 
-import math
 import operator
+import reprlib
 from typing import NamedTuple
 
 import jax
@@ -50,6 +50,8 @@ def check_arguments(
     features: ArrayLike, rois: ArrayLike, spatial_scale: ArrayLike, roi_mask: ArrayLike | None
 ) -> Arguments:
     """Arrays of the arguments, or the error that says which of them cannot be right."""
+    if isinstance(rois, np.ndarray) and rois.dtype in (np.int64, np.uint64):
+        rois = rois.astype(np.float32)  # without 64-bit types, JAX would wrap them around
     features, rois = _as_array("features", features), _as_array("rois", rois)
     if features.dtype.name not in FEATURE_DTYPES:
         raise TypeError(
@@ -101,12 +103,12 @@ def _check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None
 
 
 def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
-    if isinstance(spatial_scale, (int, float)) and not (
-        0 < spatial_scale < math.inf and not isinstance(spatial_scale, bool)
+    if isinstance(spatial_scale, (int, float, np.integer, np.floating)) and not (
+        0 < _to_float32(spatial_scale) < np.inf and not isinstance(spatial_scale, bool)
     ):
         raise ValueError(
-            "spatial_scale must be a positive finite number, cells per unit of the RoI "
-            f"coordinates (1/16 for a stride of 16), got {spatial_scale!r}"
+            "spatial_scale must be positive and finite in float32, cells per unit of the RoI "
+            f"coordinates (1/16 for a stride of 16), got {spatial_scale!r:.40}"
         )
     spatial_scale = _as_array("spatial_scale", spatial_scale)
     if not _is_real(spatial_scale.dtype):
@@ -165,17 +167,27 @@ def canonical_rois(
 
 
 def _widen(index: jax.Array) -> jax.Array:
-    """The image index in a dtype that holds every number of images."""
+    """The image index in a dtype that the number of images can be compared in."""
     if index.dtype.itemsize >= 4:
         return index
     return index.astype(jnp.float32 if jnp.issubdtype(index.dtype, jnp.floating) else jnp.int32)
 
 
+def _to_float32(number: float | np.number) -> np.float32:
+    try:
+        with np.errstate(over="ignore"):
+            return np.float32(float(number))
+    except OverflowError:  # an int past every float
+        return np.float32(np.inf)
+
+
 def _as_array(name: str, value: ArrayLike) -> jax.Array:
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array, got {value!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        hint = "; pad lists of boxes to one length, with a roi_mask" if name == "rois" else ""
+        got = reprlib.repr(value)
+        raise TypeError(f"{name} must be an array of numbers, got {got}{hint}") from error
 
 
 def _is_real(dtype: np.dtype) -> bool:

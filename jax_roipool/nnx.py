@@ -20,8 +20,8 @@ class RoIPool(nnx.Module):
       implementation: None for the best that the platform has.
 
     >>> import jax.numpy as jnp
-    >>> from jax_roipool import nnx
-    >>> layer = nnx.RoIPool(output_size=7, spatial_scale=1 / 16)
+    >>> from jax_roipool.nnx import RoIPool
+    >>> layer = RoIPool(output_size=7, spatial_scale=1 / 16)
     >>> rois = jnp.array([[[0, 0, 320, 160]], [[16, 16, 64, 64]]])
     >>> layer(jnp.ones((2, 38, 50, 64)), rois).shape
     (2, 1, 7, 7, 64)

@@ -17,7 +17,6 @@ def names():
     """What the README's blocks leave behind, one after the other."""
     names = {
         "jnp": jnp,
-        "K": K,
         "count": jnp.array([2, 4]),
         "features": jnp.ones((N, 8, 8, CHANNELS)),
         "rois": jnp.broadcast_to(jnp.array([0.0, 0.0, 128.0, 128.0]), (N, K, 4)),

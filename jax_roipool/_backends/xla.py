@@ -65,7 +65,7 @@ def gather_at_argmax(features, argmax, image_index):
     def gather_group(features, argmax, image_index):
         cells = features.reshape(images, -1, features.shape[-1])
         image = jnp.clip(image_index, 0, images - 1)[:, None, None, None]
-        return cells[image, jnp.maximum(argmax, 0), jnp.arange(features.shape[-1])]
+        return cells[image, jnp.maximum(argmax, 0), _channel_of(argmax)]
 
     return jnp.where(argmax < 0, 0, jax.vmap(gather_group)(features, argmax, image_index))
 
@@ -78,11 +78,11 @@ def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
         return jnp.zeros(shape, cotangent.dtype)
     images, height, width = map_shape
     cells = (images, height * width, channels)
-    sum_dtype = jnp.promote_types(cotangent.dtype, jnp.float32)
+    sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32
 
     def scatter_group(cotangent, argmax, image_index):
         image = jnp.where(argmax < 0, images, image_index[:, None, None, None])
-        index = (image, jnp.maximum(argmax, 0), jnp.arange(channels))
+        index = (image, jnp.maximum(argmax, 0), _channel_of(argmax))
         sums = jnp.zeros(cells, sum_dtype)
         if math.prod(cells) + math.prod(cells[1:]) < INDEX_LIMIT:
             # One index instead of three: on a CPU faster, and with little over half the memory.
@@ -92,6 +92,10 @@ def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
 
     sums = jax.vmap(scatter_group)(cotangent, argmax, image_index)
     return sums.reshape(shape).astype(cotangent.dtype)
+
+
+def _channel_of(argmax):
+    return lax.broadcasted_iota(jnp.int32, argmax.shape, argmax.ndim - 1)
 
 
 def _map_in_chunks(pool, rectangles, chunk):
@@ -133,7 +137,7 @@ def _max_over_bins(keys, start, end):
     """
     size, bins = keys.shape[0], start.shape[0]
     cell = jnp.arange(size, dtype=jnp.int32)
-    started = start <= cell[:, None]  # mask [size, bins]
+    started = start[None, :] <= cell[:, None]  # mask [size, bins]
     inside = (start[0] <= cell) & (cell < end[-1])
     core = jnp.where(inside, started.sum(axis=1, dtype=jnp.int32) - 1, bins)
     last = jnp.clip(end - 1, 0, size - 1)
