@@ -249,9 +249,7 @@ def _split(primitive, results, axis, sizes):
 def _lower(
     primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands, implementation, **params
 ):
-    # Only a branch of lax.platform_dependent has platforms of its own.
-    platforms = ctx.platforms or ctx.module_context.platforms
-    backend = _backends.select(implementation, platforms)
+    backend = _backends.select(implementation, ctx.module_context.platforms)
     rule = mlir.lower_fun(
         getattr(backend, primitive.name), multiple_results=primitive.multiple_results
     )

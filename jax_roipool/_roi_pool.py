@@ -64,7 +64,8 @@ def roi_pool(
     Raises:
       TypeError: a dtype that cannot be pooled, or that cannot be coordinates or a mask.
       ValueError: shapes that do not go together, an output size that is not positive, a Python or
-        NumPy number for a scale that is not positive and finite, an unknown convention or implementation, or an implementation that the platform cannot run.
+        NumPy number for a scale that is not positive and finite, an unknown convention or
+        implementation, or an implementation that the platform cannot run.
 
     The operator is that of Girshick, "Fast R-CNN" (https://arxiv.org/abs/1504.08083), section
     2.1. The paper leaves the rounding of bins open; `convention` names how others have settled it.

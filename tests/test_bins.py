@@ -182,3 +182,13 @@ def test_overflowing_product_is_kept_in_range(implementation):
     # The coordinate and the scale are finite, so the RoI is good although the product is not.
     edges = observed_edges([(-3e38, 3e38)], 1, 16, "partition", implementation, spatial_scale=8.0)
     assert edges.tolist() == [[[0, 16]]]
+
+
+@pytest.mark.parametrize("x2", (2**40, -(2**40)))
+def test_64_bit_integers_are_kept_in_range_with_64_bit_types_off(x2, implementation):
+    ramp = np.arange(8, dtype=np.float32).reshape(1, 8, 1)
+    rois = np.array([[3, 0, x2, 1]])
+    pooled, _ = pool((1, 2), implementation=implementation)(ramp, rois.astype(np.float32))
+    eager = jax_roipool.roi_pool(ramp, rois, (1, 2), implementation=implementation)
+    assert_same(eager, np.asarray(pooled))
+    assert pooled.max() == (7 if x2 > 0 else 3)

@@ -85,6 +85,11 @@ OPTIONS = {
     "scale that is not a number": Call(
         ["spatial_scale", "nan"], options={"spatial_scale": float("nan")}
     ),
+    "scale past float32": Call(["spatial_scale", "1e+39"], options={"spatial_scale": 1e39}),
+    "scale past every float": Call(["spatial_scale"], options={"spatial_scale": 10**400}),
+    "scale that float32 takes for zero": Call(
+        ["spatial_scale", "1e-50"], options={"spatial_scale": 1e-50}
+    ),
     "scale per axis": Call(
         ["spatial_scale", (2,)], options={"spatial_scale": np.float32([0.5, 0.5])}
     ),
@@ -173,7 +178,7 @@ def test_rois_that_are_no_array_are_refused(rois):
         jax_roipool.roi_pool(jnp.ones(IMAGE), rois, 2)
 
 
-@pytest.mark.parametrize("value", (1.0, -1.0, 1e-30, -1e30, np.nan, np.inf, "0", None))
+@pytest.mark.parametrize("value", (1.0, -1.0, 1e-30, -1e30, np.nan, np.inf, "0", None, np.zeros(2)))
 def test_convention_refuses_other_empty_values(value):
     with pytest.raises(ValueError, match="empty_value"):
         jax_roipool.Convention(empty_value=value)
@@ -216,3 +221,22 @@ def test_lists_of_numbers_are_arrays_or_refused():
     except TypeError:
         return
     assert pooled.ravel().tolist() == [3]
+
+
+@pytest.mark.parametrize("scale", (np.float32(-1), np.float64(np.nan), np.int32(0)), ids=repr)
+def test_numpy_scale_is_checked_as_pythons_is(scale):
+    with pytest.raises(ValueError, match="spatial_scale"):
+        jax_roipool.roi_pool(np.ones(IMAGE, np.float32), np.ones((5, 4)), 2, spatial_scale=scale)
+
+
+def test_lists_of_different_lengths_are_told_to_pad():
+    with pytest.raises(TypeError, match=r"rois must be an array.*pad"):
+        jax_roipool.roi_pool(np.ones(BATCH, np.float32), [[[0, 0, 4, 4]], [], []], 2)
+
+
+@pytest.mark.parametrize("implementation", (["xla"], 1))
+def test_implementation_that_is_no_name(implementation):
+    with pytest.raises(ValueError, match="unknown implementation"):
+        jax_roipool.roi_pool(
+            np.ones(IMAGE, np.float32), np.ones((5, 4)), 2, implementation=implementation
+        )

@@ -71,7 +71,10 @@ def gather_at_argmax(features, argmax, image_index):
 
 
 def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
-    """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`."""
+    """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`.
+
+    On a GPU XLA adds in no fixed order, unless `--xla_gpu_deterministic_ops` is among its flags.
+    """
     groups, *_, channels = cotangent.shape
     shape = (groups, *map_shape, channels)
     if 0 in shape or cotangent.size == 0:
