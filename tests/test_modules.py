@@ -21,9 +21,8 @@ MASK = jnp.array([[True, True, False, True, False], [False, True, True, True, Tr
 OPTIONS = {"spatial_scale": 1 / 16, "convention": "chainer", "implementation": "xla"}
 
 
-def expected(output_size, convention, spatial_scale, roi_mask=None):
-    options = {"spatial_scale": spatial_scale, "roi_mask": roi_mask}
-    pooled, _ = oracle.roi_pool(FEATURES, ROIS, output_size, resolved(convention), **options)
+def expected(rois, output_size, convention, **options):
+    pooled, _ = oracle.roi_pool(FEATURES, rois, output_size, resolved(convention), **options)
     return pooled
 
 
@@ -35,12 +34,13 @@ def linen_layer(*args, **kwargs):
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
 def test_module_equals_the_function(layer):
     pooled = layer((2, 3), **OPTIONS)(FEATURES, ROIS, MASK)
-    assert_same(pooled, expected((2, 3), "chainer", 1 / 16, MASK))
+    want = expected(ROIS, (2, 3), "chainer", spatial_scale=1 / 16, roi_mask=MASK)
+    assert_same(pooled, want)
 
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
 def test_defaults_are_the_functions(layer):
-    assert_same(layer(2)(FEATURES, ROIS), expected((2, 2), "partition", 1.0))
+    assert_same(layer(2)(FEATURES, ROIS / 16), expected(ROIS / 16, (2, 2), "partition"))
 
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
