@@ -17,10 +17,6 @@ from harness import assert_same, pool_and_grad
 FIXTURES = sorted((pathlib.Path(__file__).parent / "fixtures").glob("*.npz"))
 
 
-# Every shape compiles anew: of the recordings that differ in nothing but the scale, one.
-ONE_SCALE = list({path.stem.partition("-s")[0]: path for path in FIXTURES}.values())
-
-
 def load(path):
     with np.load(path) as recorded:
         return dict(recorded)
@@ -31,7 +27,7 @@ def test_fixtures_are_there():
     assert systems == {"torchvision", "openvino", "chainer"}
 
 
-@pytest.mark.parametrize("path", ONE_SCALE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_recorded_answers(path, implementation):
     recorded = load(path)
     convention = path.name.partition("-")[0]
