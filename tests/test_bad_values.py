@@ -6,6 +6,7 @@ import pytest
 
 import oracle
 from harness import (
+    PRESETS,
     assert_same,
     distinct_features,
     pool,
@@ -51,7 +52,7 @@ def interleaved():
     return np.float32([*rows, GOOD[0]]), np.array([*good, True])
 
 
-@pytest.mark.parametrize("convention", ("partition", "chainer"))
+@pytest.mark.parametrize("convention", PRESETS)
 def test_bad_rois_pool_to_zero_and_leave_their_neighbours_alone(convention, implementation):
     rois, good = interleaved()
     # NaN for every bad RoI: multiplying by zero would not hold it back.
@@ -91,7 +92,7 @@ def test_bad_integer_image_indices(dtype, implementation):
 
 
 @pytest.mark.parametrize("scale", (np.nan, np.inf, -np.inf))
-@pytest.mark.parametrize("convention", ("partition", "chainer"))
+@pytest.mark.parametrize("convention", PRESETS)
 def test_traced_scale_that_is_not_finite_makes_every_roi_bad(scale, convention, implementation):
     rois = jnp.asarray(GOOD, jnp.float32)
     cotangent = jnp.full((3, 2, 2, 2), np.nan, jnp.float32)
@@ -115,7 +116,7 @@ def test_traced_scale_of_any_finite_value_is_only_a_factor(scale, implementation
     assert_same(argmax, expected_argmax)
 
 
-@pytest.mark.parametrize("convention", ("torchvision", "chainer"))
+@pytest.mark.parametrize("convention", PRESETS)
 def test_masked_rois_pool_to_zero_whatever_they_hold(convention, implementation):
     rois = np.float32([GOOD[0], BAD[0], GOOD[1], GOOD[2]])
     mask = np.array([False, False, True, False])
@@ -174,7 +175,7 @@ def test_values_of_one_channel_do_not_reach_another(implementation):
     assert argmax.ravel().tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("convention", ("partition", "torchvision"))
+@pytest.mark.parametrize("convention", PRESETS)
 def test_nan_reaches_exactly_the_bins_that_hold_it(convention, implementation):
     features = np.array(distinct_features((9, 9, 1)))
     features[4, 4] = np.nan
@@ -197,7 +198,7 @@ def test_nan_of_either_sign_is_a_nan(sign, implementation):
     assert argmax.ravel().tolist() == [1]
 
 
-@pytest.mark.parametrize("convention", ("partition", "chainer"))
+@pytest.mark.parametrize("convention", PRESETS)
 def test_bin_of_minus_infinity_has_an_argmax(convention, implementation):
     features = np.full((4, 4, 1), -np.inf, np.float32)
     rois = np.float32([[1, 1, 3, 3], [8, 8, 9, 9]])
@@ -211,7 +212,7 @@ def test_bin_of_minus_infinity_has_an_argmax(convention, implementation):
     assert_same(grad, expected)
 
 
-@pytest.mark.parametrize("convention", ("torchvision", "chainer"))
+@pytest.mark.parametrize("convention", PRESETS)
 def test_empty_bins_pass_no_gradient(convention, implementation):
     features = np.array(distinct_features((4, 4, 1))) + 50
     rois = np.float32([[2, 2, 6, 6]])

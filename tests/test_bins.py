@@ -192,3 +192,26 @@ def test_64_bit_integers_are_kept_in_range_with_64_bit_types_off(x2, implementat
     eager = jax_roipool.roi_pool(ramp, rois, (1, 2), implementation=implementation)
     assert_same(eager, np.asarray(pooled))
     assert pooled.max() == (7 if x2 > 0 else 3)
+
+
+@pytest.mark.parametrize("dtype", (jnp.int32, jnp.uint8, jnp.int8, jnp.float16, jnp.bfloat16))
+def test_scale_applies_in_float32_whatever_the_rois_are(dtype, implementation):
+    rois = jnp.asarray([[7, 0, 101, 0]], dtype)
+    _, argmax = pool((1, 1), "partition", implementation)(ramp(128), rois, 0.7)
+    # 7 * 0.7 = 4.9 -> 5 and 101 * 0.7 = 70.7 -> 71.
+    assert argmax[0, 0, 0].tolist() == [70, 5]
+
+
+def test_rows_and_columns_are_binned_alike(implementation):
+    features = np.arange(30 * 40, dtype=np.float32).reshape(30, 40, 1)
+    rois = jnp.asarray([[3.0, 5.0, 31.0, 26.0], [-4.0, 8.0, 20.0, 40.0]])
+    _, argmax = pool((3, 4), "torchvision", implementation)(features, rois)
+    swapped_rois = rois[:, jnp.asarray([1, 0, 3, 2])]
+    swapped = jnp.asarray(features).transpose(1, 0, 2)
+    _, swapped_argmax = pool((4, 3), "torchvision", implementation)(swapped, swapped_rois)
+    row, column = np.divmod(np.asarray(argmax), 40)
+    swapped_row, swapped_column = np.divmod(np.asarray(swapped_argmax), 30)
+    assert np.all(argmax[0] >= 0)
+    filled = np.asarray(argmax) >= 0
+    np.testing.assert_array_equal(row[filled], swapped_column.transpose(0, 2, 1, 3)[filled])
+    np.testing.assert_array_equal(column[filled], swapped_row.transpose(0, 2, 1, 3)[filled])

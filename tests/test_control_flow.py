@@ -78,7 +78,7 @@ def test_one_program_serves_every_roi_scale_and_mask(pool):
 
 def test_constants_under_jit(pool):
     # Everything known at trace time: XLA may fold the arithmetic itself.
-    for convention in ("partition", "torchvision"):
+    for convention in jax_roipool.CONVENTIONS:
         expected, _ = oracle.roi_pool(FEATURES, ROIS[0], (2, 3), resolved(convention), 0.7)
         run = jax.jit(
             lambda convention=convention: pool(

@@ -101,7 +101,16 @@ def test_float64_gradient_has_the_features_dtype(x64, implementation):
     assert_same(grad[..., 0], np.array([[0, 1 + 1e-12], [0, 0]]))
 
 
-ROI_DTYPES = (jnp.float16, jnp.bfloat16, jnp.int8, jnp.int32, jnp.uint32)
+ROI_DTYPES = (
+    jnp.float16,
+    jnp.bfloat16,
+    jnp.int8,
+    jnp.int16,
+    jnp.int32,
+    jnp.uint8,
+    jnp.uint16,
+    jnp.uint32,
+)
 
 
 def check_rois(dtype, implementation):

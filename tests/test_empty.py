@@ -99,3 +99,11 @@ def test_no_rois_beside_a_call_with_rois(implementation):
     features = distinct_features((5, 5, 1)) + 50
     assert run(features, jnp.zeros((0, 4)))[0].shape == (0, 2, 2, 1)
     assert np.all(run(features, jnp.asarray([[0.0, 0, 5, 5]]))[0] > 0)
+
+
+def test_zero_sizes_without_jit(implementation):
+    for features_shape, rois_shape in ZERO_SIZES.values():
+        pooled = jax_roipool.roi_pool(
+            jnp.ones(features_shape), jnp.zeros(rois_shape), 2, implementation=implementation
+        )
+        assert pooled.shape == (*rois_shape[:-1], 2, 2, features_shape[-1])

@@ -8,7 +8,7 @@ from jax import export
 
 import jax_roipool
 import oracle
-from harness import assert_same, distinct_features, random_rois, resolved
+from harness import PRESETS, assert_same, distinct_features, random_rois, resolved
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUT_SIZE = (2, 3)
@@ -40,7 +40,7 @@ def round_trip(exported, **options):
     return export.deserialize(exported.serialize(**options))
 
 
-@pytest.mark.parametrize("convention", ("partition", "torchvision"))
+@pytest.mark.parametrize("convention", PRESETS)
 def test_artifact_for_every_platform_runs_here(convention):
     exported = export.export(jax.jit(pool(convention)), platforms=PLATFORMS)(*ARGUMENTS)
     restored = round_trip(exported)

@@ -60,6 +60,12 @@ def test_forward_memory_does_not_grow_with_rois_times_map(pool):
     np.testing.assert_array_equal(pooled.max((0, 1, 2)), x.max((0, 1)))
 
 
+def test_forward_memory_with_rois_per_image(pool):
+    x = features(2)
+    pooled = assert_growth_is_per_bin(pool, lambda count: (x, rois(2, count // 2)))
+    np.testing.assert_array_equal(pooled.max((1, 2, 3)), x.max((1, 2)))
+
+
 def test_forward_memory_with_flat_rois(pool):
     x = features(2)
     pooled = assert_growth_is_per_bin(pool, lambda count: (x, rois(count, images=2)))
