@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -58,11 +59,12 @@ def rectangle_max(
 
     The cell is `row * W + column`, int32, or -1 where there is none.
     """
-    return _bind_max(features, rectangles, options, options.with_argmax)
+    return _bind_max(features, rectangles, options, jnp.int32 if options.with_argmax else None)
 
 
 def _rectangle_max_fwd(features, rectangles, options):
-    pooled, argmax = _bind_max(features, rectangles, options, with_argmax=True)
+    argmax_dtype = jnp.int32 if options.with_argmax else _residual_dtype(features)
+    pooled, argmax = _bind_max(features, rectangles, options, argmax_dtype)
     results = (pooled, argmax) if options.with_argmax else (pooled,)
     return results, (argmax, rectangles.image_index)
 
@@ -81,12 +83,18 @@ def _rectangle_max_bwd(options, residuals, cotangents):
 rectangle_max.defvjp(_rectangle_max_fwd, _rectangle_max_bwd)
 
 
-def _bind_max(features, rectangles, options, with_argmax):
+def _residual_dtype(features) -> type[np.signedinteger]:
+    """The narrowest for an argmax: it is as long as the output, and costs time to move."""
+    height, width = features.shape[2:4]
+    return jnp.int16 if height * width <= jnp.iinfo(jnp.int16).max else jnp.int32
+
+
+def _bind_max(features, rectangles, options, argmax_dtype):
     return tuple(
         rectangle_max_p.bind(
             features,
             *rectangles,
-            with_argmax=with_argmax,
+            argmax_dtype=argmax_dtype and np.dtype(argmax_dtype),
             empty_value=options.empty_value,
             implementation=options.implementation,
         )
@@ -106,12 +114,12 @@ scatter_at_argmax_p = Primitive("scatter_at_argmax")
 
 
 def _rectangle_max_stand_in(
-    features, image_index, row_start, row_end, col_start, col_end, *, with_argmax
+    features, image_index, row_start, row_end, col_start, col_end, *, argmax_dtype
 ):
     row, col = row_start + row_end, col_start + col_end
     cell = row[:, :, :, None] + col[:, :, None, :] + image_index[:, :, None, None]
     pooled = _sum_of_maps(features) + cell[..., None].astype(features.dtype)
-    return [pooled, pooled.astype(jnp.int32)] if with_argmax else [pooled]
+    return [pooled, pooled.astype(argmax_dtype)] if argmax_dtype else [pooled]
 
 
 def _gather_at_argmax_stand_in(features, argmax, image_index):
@@ -141,9 +149,12 @@ def _types(stand_in: Callable, multiple_results: bool) -> Callable:
 # Derivatives.
 
 
-def _rectangle_max_jvp(primals, tangents, *, with_argmax, empty_value, implementation):
+def _rectangle_max_jvp(primals, tangents, *, argmax_dtype, empty_value, implementation):
     pooled, argmax = rectangle_max_p.bind(
-        *primals, with_argmax=True, empty_value=empty_value, implementation=implementation
+        *primals,
+        argmax_dtype=argmax_dtype or np.dtype(_residual_dtype(primals[0])),
+        empty_value=empty_value,
+        implementation=implementation,
     )
     tangent, image_index = tangents[0], primals[1]
     if isinstance(tangent, ad.Zero):
@@ -152,7 +163,7 @@ def _rectangle_max_jvp(primals, tangents, *, with_argmax, empty_value, implement
         pooled_dot = gather_at_argmax_p.bind(
             tangent, argmax, image_index, implementation=implementation
         )
-    if not with_argmax:
+    if argmax_dtype is None:
         return [pooled], [pooled_dot]
     return [pooled, argmax], [pooled_dot, _zero_tangent(argmax)]
 
@@ -247,20 +258,42 @@ def _split(primitive, results, axis, sizes):
 
 
 def _lower(
-    primitive: Primitive, ctx: mlir.LoweringRuleContext, *operands, implementation, **params
+    primitive: Primitive,
+    platform: str | None,
+    ctx: mlir.LoweringRuleContext,
+    *operands,
+    implementation,
+    **params,
 ):
-    backend = _backends.select(implementation, ctx.module_context.platforms)
+    """Lowers for one platform, or, if it is None, for all that have no backend of their own."""
+    platforms = [platform]
+    if platform is None:
+        platforms = [p for p in ctx.module_context.platforms if p not in _backends.PLATFORMS]
+    partitioned = _is_partitioned(ctx.module_context.axis_context)
+    backend = _backends.select(implementation, platforms, partitioned)
     rule = mlir.lower_fun(
         getattr(backend, primitive.name), multiple_results=primitive.multiple_results
     )
     return rule(ctx, *operands, **params)
 
 
+def _is_partitioned(axis_context) -> bool:
+    """Whether XLA splits the program over devices by itself, as it does not under shard_map."""
+    if isinstance(axis_context, mlir.ShardingContext):
+        return axis_context.num_devices > 1
+    if isinstance(axis_context, mlir.SPMDAxisContext):
+        return axis_context.manual_axes != frozenset(axis_context.mesh.axis_names)
+    return False
+
+
 def _register(primitive: Primitive, stand_in: Callable, batching_rule: Callable) -> None:
     primitive.def_abstract_eval(_types(stand_in, primitive.multiple_results))
     primitive.def_impl(_compiled(primitive))
     batching.primitive_batchers[primitive] = functools.partial(batching_rule, primitive)
-    mlir.register_lowering(primitive, functools.partial(_lower, primitive))
+    for platform in (None, *_backends.PLATFORMS):
+        mlir.register_lowering(
+            primitive, functools.partial(_lower, primitive, platform), platform=platform
+        )
 
 
 def _compiled(primitive: Primitive) -> Callable:

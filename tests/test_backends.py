@@ -1,5 +1,9 @@
 """The choice of an implementation: by name, by platform, and the errors that list what there is."""
 
+import logging
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +13,7 @@ import jax_roipool
 from jax_roipool import _backends
 
 FEATURES, ROIS = jnp.ones((4, 4, 1)), jnp.array([[0, 0, 4, 4]])
+PORTABLE, NATIVE = "scatter", "jax_roipool_cpu_max"  # what gives an implementation away
 
 
 @pytest.fixture
@@ -18,8 +23,22 @@ def only_tpu(monkeypatch):
     def sevens(features, image_index, row_start, row_end, col_start, col_end, **params):
         return [jnp.full((1, 1, 2, 2, 1), 7, features.dtype)]
 
-    backend = _backends.Backend("only_tpu", frozenset({"tpu"}), sevens, sevens, sevens)
+    backend = _backends.Backend(
+        "only_tpu", frozenset({"tpu"}), lambda: None, True, sevens, sevens, sevens
+    )
     monkeypatch.setattr(_backends, "BACKENDS", (backend, *_backends.BACKENDS))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """As where the package was installed without a C++ compiler."""
+    cpu, *others = _backends.BACKENDS
+    missing = cpu._replace(what_keeps_it_from_use=lambda: "there is no library")
+    monkeypatch.setattr(_backends, "BACKENDS", (missing, *others))
+    _backends._say_once.cache_clear()
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -29,28 +48,78 @@ def pool(implementation=None):
     return jax.jit(lambda x: jax_roipool.roi_pool(x, ROIS, 2, implementation=implementation))
 
 
-def exported(platform, implementation=None):
-    return export.export(pool(implementation), platforms=[platform])(FEATURES).mlir_module()
+def exported(platforms, implementation=None):
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in jax_roipool.CUSTOM_CALLS]
+    program = export.export(pool(implementation), platforms=platforms, disabled_checks=allowed)
+    return program(FEATURES).mlir_module()
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"'caffe'.*'xla' \(every platform\)"):
+    with pytest.raises(ValueError, match=r"'caffe'.*'cpu' \(cpu\), 'xla' \(every platform\)"):
         pool("caffe")(FEATURES)
 
 
 def test_platform_that_cannot_run_it_lists_what_there_is(only_tpu):
     with pytest.raises(
-        ValueError, match=r"'only_tpu' does not run on cpu.*'only_tpu' \(tpu\), 'xla'"
+        ValueError,
+        match=r"'only_tpu' cannot be used on cpu: it is for other platforms"
+        r".*'only_tpu' \(tpu\), 'cpu' \(cpu\), 'xla'",
     ):
         pool("only_tpu")(FEATURES)
 
 
 def test_none_is_the_best_that_the_platform_has(only_tpu):
     assert (pool()(FEATURES) == 1).all()
-    assert "scatter" in exported("cpu")
-    assert "scatter" not in exported("tpu")
+    assert PORTABLE in exported(["cuda"])
+    assert PORTABLE not in exported(["tpu"])
 
 
 def test_a_name_overrules_the_best(only_tpu):
-    assert "scatter" in exported("tpu", "xla")
-    assert "scatter" not in exported("tpu", "only_tpu")
+    assert PORTABLE in exported(["tpu"], "xla")
+    assert PORTABLE not in exported(["tpu"], "only_tpu")
+
+
+def test_native_on_the_cpu_and_nowhere_else():
+    assert NATIVE in exported(["cpu"])
+    assert PORTABLE not in exported(["cpu"])
+    for platform in ("cuda", "rocm", "tpu"):
+        assert NATIVE not in exported([platform])
+
+
+def test_a_program_for_several_platforms_has_the_best_for_each():
+    both = exported(["cpu", "cuda"])
+    assert NATIVE in both
+    assert PORTABLE in both
+
+
+def test_a_name_must_suit_every_platform_of_the_program():
+    with pytest.raises(ValueError, match="'cpu' cannot be used on cuda, tpu: it is for other"):
+        exported(["cpu", "cuda", "tpu"], "cpu")
+
+
+def test_without_the_library_the_portable_path_serves_and_it_is_said_once(no_library, caplog):
+    with caplog.at_level(logging.WARNING, "jax_roipool"):
+        assert (pool()(FEATURES) == 1).all()
+        assert (pool()(2 * FEATURES) == 2).all()
+        assert PORTABLE in exported(["cpu"])
+    (record,) = caplog.records
+    assert "'cpu' cannot be used: there is no library" in record.getMessage()
+
+
+def test_without_the_library_its_name_is_an_error(no_library):
+    with pytest.raises(ValueError, match="'cpu' cannot be used on cpu: there is no library"):
+        pool("cpu")(FEATURES)
+
+
+def test_without_the_library_other_platforms_say_nothing(no_library, caplog):
+    exported(["cuda"])
+    assert not caplog.records
+
+
+def test_the_diagnosis_names_what_each_platform_uses():
+    command = [sys.executable, "-m", "jax_roipool"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert f"jax_roipool {jax_roipool.__version__}" in said
+    assert f"jax {jax.__version__}\n" in said
+    assert f"cpu: {_backends.select(None, ['cpu'], False).name!r}" in said
+    assert "tpu: 'xla'" in said

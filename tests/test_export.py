@@ -1,4 +1,7 @@
-"""`jax.export`: one artifact for every platform, none of its safety checks turned off."""
+"""`jax.export`: portable artifacts with every safety check on, native ones by name."""
+
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ MASK = jnp.asarray([True, True, False, True, True])
 ARGUMENTS = (FEATURES, ROIS, jnp.float32(0.7), MASK)
 
 
-def pool(convention):
+def pool(convention, implementation="xla"):
     def pool(features, rois, spatial_scale, roi_mask):
         return jax_roipool.roi_pool_with_argmax(
             features,
@@ -27,6 +30,7 @@ def pool(convention):
             spatial_scale=spatial_scale,
             roi_mask=roi_mask,
             convention=convention,
+            implementation=implementation,
         )
 
     return pool
@@ -94,8 +98,37 @@ def test_exported_vmap():
     assert_same(argmax, np.stack([wanted_argmax, wanted_argmax[::-1]]))
 
 
-def test_artifact_holds_no_custom_calls_of_this_machine():
+def test_portable_artifact_holds_no_custom_calls_of_this_machine():
     # A call into a library of this process would not survive the journey.
     exported = export.export(jax.jit(pool("torchvision")), platforms=PLATFORMS)(*ARGUMENTS)
     assert exported.disabled_safety_checks == ()
     assert_same(exported.call(*ARGUMENTS)[0], expected("torchvision")[0])
+
+
+def loss(features):
+    return jnp.sum(pool("torchvision", None)(features, *ARGUMENTS[1:])[0] ** 2)
+
+
+def test_native_artifact_needs_its_custom_calls_named():
+    with pytest.raises(ValueError, match="jax_roipool_cpu_"):
+        export.export(jax.jit(jax.grad(loss)))(FEATURES)
+
+
+def test_native_artifact_runs_in_a_process_that_has_pooled_nothing(tmp_path):
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in jax_roipool.CUSTOM_CALLS]
+    program = export.export(jax.jit(jax.grad(loss)), platforms=PLATFORMS, disabled_checks=allowed)
+    (tmp_path / "program").write_bytes(program(FEATURES).serialize())
+    np.save(tmp_path / "features.npy", FEATURES)
+    code = f"""
+import pathlib, jax_roipool, numpy as np
+from jax import export
+folder = pathlib.Path({str(tmp_path)!r})
+program = export.deserialize(bytearray((folder / "program").read_bytes()))
+jax_roipool.register_custom_calls()
+np.save(folder / "gradient.npy", program.call(np.load(folder / "features.npy")))
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300)
+    pooled, argmax = expected("torchvision")
+    gradient = oracle.roi_pool_grad(2 * pooled, argmax, FEATURES.shape, ROIS)
+    assert np.any(gradient)
+    assert_same(np.load(tmp_path / "gradient.npy"), gradient.astype(np.float32))

@@ -3,10 +3,12 @@
 A backend is three functions, one for each primitive of `_rectangle_max.py`. They take arrays and
 return arrays (`rectangle_max` a list of one or two), and all backends return the same values:
 
-- `rectangle_max(features, *rectangles, with_argmax, empty_value)`: NaN is larger than any number,
-  zeros are equal, and the first of several maxima, or of several NaNs, in row-major order is the
-  argmax. A rectangle without cells gives `empty_value` (for -inf in integers, the smallest) and
-  argmax -1. An image index outside `[0, n)` gives 0 and argmax -1, whatever the rectangle.
+- `rectangle_max(features, *rectangles, argmax_dtype, empty_value)`: the argmax is of that dtype,
+  int32 or, if every cell of a map has an index in it, int16; None leaves it out. NaN is larger
+  than any number, zeros are equal, and the first of several maxima, or of several NaNs, in
+  row-major order is the argmax. A rectangle without cells gives `empty_value` (for -inf in
+  integers, the smallest) and argmax -1. An image index outside `[0, n)` gives 0 and argmax -1,
+  whatever the rectangle.
 - `gather_at_argmax(features, argmax, image_index)`: the features there, 0 where argmax is -1.
 - `scatter_at_argmax(cotangent, argmax, image_index, *, map_shape)`: the sum over all that go to a
   cell, in float32 at least, in an order that does not change from run to run.
@@ -16,28 +18,49 @@ Any axis but H and W can be of size 0.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jax_roipool._backends import xla
+from jax_roipool._backends import cpu, xla
 
 
 class Backend(NamedTuple):
-    """One implementation of the primitives; the callables are named as the primitives are."""
+    """One implementation of the primitives; the last three are named as the primitives are."""
 
     name: str
     platforms: frozenset[str] | None  # None: all of them
+    what_keeps_it_from_use: Callable[[], str | None]  # on its platforms
+    partitions: bool  # whether XLA can split it over devices by itself
     rectangle_max: Callable
     gather_at_argmax: Callable
     scatter_at_argmax: Callable
 
-    def runs_on(self, platforms: Sequence[str]) -> bool:
-        return self.platforms is None or self.platforms.issuperset(platforms)
-
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("xla", None, xla.rectangle_max, xla.gather_at_argmax, xla.scatter_at_argmax),
+    Backend(
+        "cpu",
+        frozenset({"cpu"}),
+        cpu.what_keeps_it_from_use,
+        False,
+        cpu.rectangle_max,
+        cpu.gather_at_argmax,
+        cpu.scatter_at_argmax,
+    ),
+    Backend(
+        "xla",
+        None,
+        lambda: None,
+        True,
+        xla.rectangle_max,
+        xla.gather_at_argmax,
+        xla.scatter_at_argmax,
+    ),
 )
+
+PLATFORMS = frozenset().union(*(backend.platforms or () for backend in BACKENDS))
+"""The platforms with a backend of their own."""
 
 
 def check_name(implementation: str | None) -> None:
@@ -46,15 +69,45 @@ def check_name(implementation: str | None) -> None:
         raise ValueError(f"unknown implementation {implementation!r}; there are {_listing()}")
 
 
-def select(implementation: str | None, platforms: Sequence[str]) -> Backend:
-    """The backend of that name, or the best that runs on all the platforms lowered for."""
+def select(implementation: str | None, platforms: Sequence[str], partitioned: bool) -> Backend:
+    """The backend of that name, or the best for these platforms.
+
+    `partitioned` says that XLA will split the program over devices by itself.
+    """
+    if implementation is not None:
+        backend = next(backend for backend in BACKENDS if backend.name == implementation)
+        problem = problem_with(backend, platforms)
+        if problem is not None:
+            raise ValueError(
+                f"implementation {implementation!r} cannot be used on {', '.join(platforms)}: "
+                f"{problem}; there are {_listing()}"
+            )
+        return backend
     for backend in BACKENDS:
-        if implementation in (None, backend.name) and backend.runs_on(platforms):
+        if partitioned and not backend.partitions:
+            continue
+        problem = problem_with(backend, platforms)
+        if problem is None:
             return backend
-    raise ValueError(
-        f"implementation {implementation!r} does not run on {', '.join(platforms)}; "
-        f"there are {_listing()}"
-    )
+        if _is_for(backend, platforms):
+            _say_once(f"implementation {backend.name!r} cannot be used: {problem}")
+    raise AssertionError("the last backend runs everywhere")
+
+
+def problem_with(backend: Backend, platforms: Sequence[str]) -> str | None:
+    """What keeps a backend from being used on these platforms."""
+    if not _is_for(backend, platforms):
+        return "it is for other platforms"
+    return backend.what_keeps_it_from_use()
+
+
+def _is_for(backend: Backend, platforms: Sequence[str]) -> bool:
+    return backend.platforms is None or backend.platforms.issuperset(platforms)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("jax_roipool").warning(message)
 
 
 def _listing() -> str:

@@ -26,7 +26,7 @@ INDEX_LIMIT = 2**31
 
 
 def rectangle_max(
-    features, image_index, row_start, row_end, col_start, col_end, *, with_argmax, empty_value
+    features, image_index, row_start, row_end, col_start, col_end, *, argmax_dtype, empty_value
 ):
     """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
     groups, images, height, width, channels = features.shape
@@ -34,10 +34,10 @@ def rectangle_max(
     if 0 in features.shape or rois == 0:
         shape = (groups, rois, bin_rows, bin_cols, channels)
         pooled = jnp.zeros(shape, features.dtype)
-        return [pooled, jnp.full(shape, -1, jnp.int32)] if with_argmax else [pooled]
+        return [pooled, jnp.full(shape, -1, argmax_dtype)] if argmax_dtype else [pooled]
 
     keys = jnp.moveaxis(_to_key(features), 3, 2)  # columns lead: the first pass runs over them
-    results_wanted = 2 if with_argmax else 1  # what is not wanted, XLA does not compute
+    results_wanted = 2 if argmax_dtype else 1  # what is not wanted, XLA does not compute
     bytes_per_roi = groups * height * width * channels * features.dtype.itemsize
     results = _map_in_chunks(
         lambda rectangles: jax.vmap(_pool_roi)(keys, *rectangles)[:results_wanted],
@@ -51,9 +51,9 @@ def rectangle_max(
     no_cells, no_image = no_cells[..., None], no_image[..., None, None, None]
     empty = _lowest(features.dtype) if empty_value < 0 else 0
     pooled = jnp.where(no_image, 0, jnp.where(no_cells, empty, pooled)).astype(features.dtype)
-    if not with_argmax:
+    if argmax_dtype is None:
         return [pooled]
-    return [pooled, jnp.where(no_image | no_cells, -1, results[1])]
+    return [pooled, jnp.where(no_image | no_cells, -1, results[1]).astype(argmax_dtype)]
 
 
 def gather_at_argmax(features, argmax, image_index):
@@ -65,7 +65,8 @@ def gather_at_argmax(features, argmax, image_index):
     def gather_group(features, argmax, image_index):
         cells = features.reshape(images, -1, features.shape[-1])
         image = jnp.clip(image_index, 0, images - 1)[:, None, None, None]
-        return cells[image, jnp.maximum(argmax, 0), _channel_of(argmax)]
+        cell = jnp.maximum(argmax, 0).astype(jnp.int32)
+        return cells[image, cell, _channel_of(argmax)]
 
     return jnp.where(argmax < 0, 0, jax.vmap(gather_group)(features, argmax, image_index))
 
@@ -85,7 +86,8 @@ def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
 
     def scatter_group(cotangent, argmax, image_index):
         image = jnp.where(argmax < 0, images, image_index[:, None, None, None])
-        index = (image, jnp.maximum(argmax, 0), _channel_of(argmax))
+        cell = jnp.maximum(argmax, 0).astype(jnp.int32)
+        index = (image, cell, _channel_of(argmax))
         sums = jnp.zeros(cells, sum_dtype)
         if math.prod(cells) + math.prod(cells[1:]) < INDEX_LIMIT:
             # One index instead of three: on a CPU faster, and with little over half the memory.

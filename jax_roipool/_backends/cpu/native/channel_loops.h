@@ -1,0 +1,57 @@
+// The innermost loops: over the channels of a few cells. Everything that depends on the type of an
+// element is here, and nothing else is compiled once per set of vector instructions.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace jax_roipool {
+
+enum class Element {
+  kFloat32, kFloat64, kBfloat16, kFloat16,
+  kInt8, kInt16, kInt32, kInt64, kUint8, kUint16, kUint32, kUint64,
+};
+constexpr int kElements = 12;
+
+// Argmaxes are int16 where that can hold every index of a map: they are read and written as often
+// as what is pooled.
+enum class Argmax { kInt16, kInt32 };
+constexpr int kArgmaxes = 2;
+
+// A cell is a pointer to the channels of one place of a feature map. NaN is larger than any number
+// and zeros are equal. The floating-point environment must be the default one: XLA's treats
+// subnormals as zeros.
+struct ChannelLoops {
+  int64_t item_size;
+  int64_t argmax_size;
+  int64_t sum_size;  // of the type that gradients are summed in; 0 where there is no gradient
+
+  // pooled[c] = the largest of the cells' [c], and of pooled[c] too if `resume`.
+  void (*max)(const void* const* cells, int64_t count, int64_t channels, bool resume,
+              void* pooled);
+
+  // The same, and argmax[c] = the index of the first cell that has it. Cells that `pooled` already
+  // has, if `resume`, come before these.
+  void (*argmax)(const void* const* cells, const int32_t* indices, int64_t count,
+                 int64_t channels, bool resume, void* pooled, void* argmax);
+
+  // pooled[c] = -infinity, or the smallest integer.
+  void (*fill_lowest)(int64_t channels, void* pooled);
+
+  // tangent[c] = map[argmax[c]][c], or 0 if argmax[c] is not in [0, cells).
+  void (*gather)(const void* map, const void* argmax, int64_t cells, int64_t channels,
+                 void* tangent);
+
+  // sums[argmax[c]][c] += cotangent[c], if argmax[c] is in [0, cells). From one cell of sums to
+  // the next there are `stride` channels.
+  void (*scatter)(const void* cotangent, const void* argmax, int64_t cells, int64_t channels,
+                  int64_t stride, void* sums);
+
+  // gradient[c] = sums[c], rounded.
+  void (*round)(const void* sums, int64_t channels, void* gradient);
+};
+
+// In the order of Element and of Argmax.
+using Tables = std::array<std::array<ChannelLoops, kArgmaxes>, kElements>;
+
+}  // namespace jax_roipool
