@@ -266,9 +266,8 @@ def _lower(
     **params,
 ):
     """Lowers for one platform, or, if it is None, for all that have no backend of their own."""
-    platforms = [platform]
-    if platform is None:
-        platforms = [p for p in ctx.module_context.platforms if p not in _backends.PLATFORMS]
+    others = [p for p in ctx.module_context.platforms if p not in _backends.PLATFORMS]
+    platforms = others if platform is None else [platform]
     partitioned = _is_partitioned(ctx.module_context.axis_context)
     backend = _backends.select(implementation, platforms, partitioned)
     rule = mlir.lower_fun(

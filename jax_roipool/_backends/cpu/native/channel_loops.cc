@@ -72,6 +72,10 @@ struct FloatOrder {
   static auto is_larger_or_nan(V value, V maximum) {
     return (value > maximum) | (value != value);
   }
+  template <class V>
+  static auto is_same(V value, V maximum) {
+    return (value == maximum) | ((value != value) & (maximum != maximum));
+  }
 };
 
 struct IntegerOrder {
@@ -82,6 +86,10 @@ struct IntegerOrder {
   template <class V>
   static auto is_larger_or_nan(V value, V maximum) {
     return value > maximum;
+  }
+  template <class V>
+  static auto is_same(V value, V maximum) {
+    return value == maximum;
   }
 };
 
@@ -227,31 +235,62 @@ int64_t max_of(const typename E::Stored* first, const typename E::Stored* const*
   return channel;
 }
 
+// Integers that a comparison of lanes can choose between.
+template <class E>
+using Index = std::conditional_t<sizeof(typename E::Lane) == 8, int64_t, int32_t>;
+
+template <class E, class A, class W>
+auto load_indices(const A* from) {
+  typename W::template Of<A> stored;
+  std::memcpy(&stored, from, sizeof stored);
+  return W::template convert<Index<E>>(stored);
+}
+
+template <class A, class W, class V>
+void store_indices(V indices, A* to) {
+  const auto stored = W::template convert<A>(indices);
+  std::memcpy(to, &stored, sizeof stored);
+}
+
 // The same with indices. That of `first` is already in `argmax` if it is a pooled cell.
 template <class E, class A, class W, class Count>
-int64_t argmax_of(const typename E::Stored* first, int32_t first_index, bool resume,
+int64_t argmax_of(const typename E::Stored* first, Index<E> first_index, bool resume,
                   const typename E::Stored* const* cells, const int32_t* indices, Count count,
                   int64_t channel, int64_t channels, typename E::Stored* pooled, A* argmax) {
-  using Index = std::conditional_t<sizeof(typename E::Lane) == 8, int64_t, int32_t>;
-  using Indices = typename W::template Of<Index>;
-  using StoredIndices = typename W::template Of<A>;
+  using Indices = typename W::template Of<Index<E>>;
   for (; channel + W::kLanes <= channels; channel += W::kLanes) {
     auto maximum = load<E, W>(first + channel);
-    Indices best = Indices{} + Index{first_index};
-    if (resume) {
-      StoredIndices stored;
-      std::memcpy(&stored, argmax + channel, sizeof stored);
-      best = W::template convert<Index>(stored);
-    }
+    auto best = resume ? load_indices<E, A, W>(argmax + channel) : Indices{} + first_index;
     for (int i = 0; i < count; ++i) {
       const auto value = load<E, W>(cells[i] + channel);
       const auto larger = E::is_larger(value, maximum);
       maximum = larger ? value : maximum;
-      best = larger ? Indices{} + Index{indices[i]} : best;
+      best = larger ? Indices{} + indices[i] : best;
     }
     store<E, W>(maximum, pooled + channel);
-    const StoredIndices stored = W::template convert<A>(best);
-    std::memcpy(argmax + channel, &stored, sizeof stored);
+    store_indices<A, W>(best, argmax + channel);
+  }
+  return channel;
+}
+
+// The same for cells that have an index for each channel, and come in any order.
+template <class E, class A, class W, class Count>
+int64_t merge_of(const typename E::Stored* first, const A* first_argmax,
+                 const typename E::Stored* const* cells, const A* const* argmaxes, Count count,
+                 int64_t channel, int64_t channels, typename E::Stored* pooled, A* argmax) {
+  for (; channel + W::kLanes <= channels; channel += W::kLanes) {
+    auto maximum = load<E, W>(first + channel);
+    auto best = load_indices<E, A, W>(first_argmax + channel);
+    for (int i = 0; i < count; ++i) {
+      const auto value = load<E, W>(cells[i] + channel);
+      const auto index = load_indices<E, A, W>(argmaxes[i] + channel);
+      const auto better =
+          E::is_larger(value, maximum) | (E::is_same(value, maximum) & (index < best));
+      maximum = better ? value : maximum;
+      best = better ? index : best;
+    }
+    store<E, W>(maximum, pooled + channel);
+    store_indices<A, W>(best, argmax + channel);
   }
   return channel;
 }
@@ -314,6 +353,29 @@ struct Loops {
     }
   }
 
+  static void merge(const void* const* cells, const void* const* argmaxes, int64_t count,
+                    int64_t channels, bool resume, void* pooled_, void* argmax_) {
+    T* const pooled = static_cast<T*>(pooled_);
+    A* const argmax = static_cast<A*>(argmax_);
+    const T* const* cell = reinterpret_cast<const T* const*>(cells);
+    const T* const* const end = cell + count;
+    const A* const* index = reinterpret_cast<const A* const*>(argmaxes);
+    while (cell != end) {
+      const T* const first = resume ? pooled : *cell++;
+      const A* const first_argmax = resume ? argmax : *index++;
+      const int64_t more = end - cell < kArgmaxCells ? end - cell : kArgmaxCells;
+      const int64_t channel = with_constant<kArgmaxCells>(more, [&](auto constant) {
+        return merge_of<E, A, Wide>(first, first_argmax, cell, index, constant, 0, channels,
+                                    pooled, argmax);
+      });
+      merge_of<E, A, One>(first, first_argmax, cell, index, more, channel, channels, pooled,
+                          argmax);
+      cell += more;
+      index += more;
+      resume = true;
+    }
+  }
+
   static void fill_lowest(int64_t channels, void* pooled) {
     for (int64_t c = 0; c < channels; ++c) static_cast<T*>(pooled)[c] = E::lowest();
   }
@@ -347,9 +409,9 @@ struct Loops {
 
   static constexpr ChannelLoops table() {
     if constexpr (std::is_void_v<Sum>) {
-      return {sizeof(T), sizeof(A), 0, max, argmax, fill_lowest, gather, nullptr, nullptr};
+      return {sizeof(T), sizeof(A), 0, max, argmax, merge, fill_lowest, gather, nullptr, nullptr};
     } else {
-      return {sizeof(T), sizeof(A), sizeof(Sum), max, argmax, fill_lowest, gather, scatter, round};
+      return {sizeof(T), sizeof(A), sizeof(Sum), max, argmax, merge, fill_lowest, gather, scatter, round};
     }
   }
 };

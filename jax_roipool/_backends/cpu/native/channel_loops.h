@@ -35,6 +35,10 @@ struct ChannelLoops {
   void (*argmax)(const void* const* cells, const int32_t* indices, int64_t count,
                  int64_t channels, bool resume, void* pooled, void* argmax);
 
+  // The same for cells in any order, each with its own argmax[c].
+  void (*merge)(const void* const* cells, const void* const* argmaxes, int64_t count,
+                int64_t channels, bool resume, void* pooled, void* argmax);
+
   // pooled[c] = -infinity, or the smallest integer.
   void (*fill_lowest)(int64_t channels, void* pooled);
 

@@ -4,103 +4,114 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "memory.h"
+#include "pyramid.h"
 
 namespace jax_roipool {
 namespace {
 
-char* at(void* array, int64_t bytes) { return static_cast<char*>(array) + bytes; }
-const char* at(const void* array, int64_t bytes) {
-  return static_cast<const char*>(array) + bytes;
-}
-
-// Fresh memory comes in pages of 4 KiB, and their faults take several times as long as writing to
-// them does. NumPy asks for huge pages in the same way, from the same size on.
-void prefer_huge_pages(void* array, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kEnough = 4 << 20, kPage = 4096;
-  if (bytes < kEnough) return;
-  const int64_t inside = -reinterpret_cast<intptr_t>(array) & (kPage - 1);
-  madvise(at(array, inside), bytes - inside, MADV_HUGEPAGE);
-#else
-  (void)array, (void)bytes;
-#endif
-}
-
 bool is_in(int64_t index, int64_t size) { return 0 <= index && index < size; }
 
-// The maximum of one rectangle of an image, with the index of its cell if `argmax` is not null.
-void pool_bin(const ChannelLoops& loops, const MapShape& map, const void* image, int64_t row_start,
-              int64_t row_end, int64_t col_start, int64_t col_end, void* pooled, void* argmax) {
-  constexpr int64_t kCells = 64;
-  const void* cells[kCells];
-  int32_t indices[kCells];
-  const int64_t cell_bytes = map.channels * loops.item_size;
-  bool resume = false;
-  int64_t count = 0;
-  const auto flush = [&] {
-    if (argmax != nullptr) {
-      loops.argmax(cells, indices, count, map.channels, resume, pooled, argmax);
+// The maximum of one bin, from the cells and tiles that make it up.
+class Bin {
+ public:
+  Bin(const ChannelLoops& loops, int64_t channels, const std::vector<Level>& levels, void* pooled,
+      void* argmax)
+      : loops_(loops), channels_(channels), levels_(levels), pooled_(pooled), argmax_(argmax) {}
+
+  // `rows` and `cols` in tiles of that level; not empty.
+  void add(size_t level, Range rows, Range cols) {
+    // Those of the next level that lie inside.
+    const Range inner_rows = {(rows.start + 1) / 2, rows.end / 2};
+    const Range inner_cols = {(cols.start + 1) / 2, cols.end / 2};
+    if (level + 1 == levels_.size() || inner_rows.size() == 0 || inner_cols.size() == 0) {
+      for (int64_t row = rows.start; row < rows.end; ++row) add_row(level, row, cols);
     } else {
-      loops.max(cells, count, map.channels, resume, pooled);
+      for (int64_t row = rows.start; row < rows.end; ++row) {
+        if (row / 2 < inner_rows.start || row / 2 >= inner_rows.end) {
+          add_row(level, row, cols);
+        } else {
+          add_row(level, row, {cols.start, 2 * inner_cols.start});
+          add_row(level, row, {2 * inner_cols.end, cols.end});
+        }
+      }
+      flush(level);
+      add(level + 1, inner_rows, inner_cols);
     }
-    resume = true;
-    count = 0;
-  };
-  for (int64_t row = row_start; row < row_end; ++row) {
-    for (int64_t col = col_start; col < col_end; ++col) {
-      const int64_t cell = row * map.width + col;
-      cells[count] = at(image, cell * cell_bytes);
-      indices[count] = static_cast<int32_t>(cell);
-      if (++count == kCells) flush();
+    flush(level);
+  }
+
+ private:
+  static constexpr int64_t kCells = 64;
+
+  void add_row(size_t level, int64_t row, Range cols) {
+    const Level& tiles = levels_[level];
+    for (int64_t col = cols.start; col < cols.end; ++col) {
+      const int64_t cell = row * tiles.width + col;
+      cells_[count_] = at(tiles.values, cell * channels_ * loops_.item_size);
+      indices_[count_] = static_cast<int32_t>(cell);
+      if (tiles.argmax != nullptr) {
+        argmaxes_[count_] = at(tiles.argmax, cell * channels_ * loops_.argmax_size);
+      }
+      if (++count_ == kCells) flush(level);
     }
   }
-  if (count > 0) flush();
-}
+
+  void flush(size_t level) {
+    if (count_ == 0) return;
+    if (argmax_ == nullptr) {
+      loops_.max(cells_, count_, channels_, resume_, pooled_);
+    } else if (level == 0) {
+      loops_.argmax(cells_, indices_, count_, channels_, resume_, pooled_, argmax_);
+    } else {
+      loops_.merge(cells_, argmaxes_, count_, channels_, resume_, pooled_, argmax_);
+    }
+    resume_ = true;
+    count_ = 0;
+  }
+
+  const ChannelLoops& loops_;
+  const int64_t channels_;
+  const std::vector<Level>& levels_;
+  void *const pooled_, *const argmax_;
+
+  bool resume_ = false;
+  int64_t count_ = 0;
+  const void *cells_[kCells], *argmaxes_[kCells];
+  int32_t indices_[kCells];
+};
 
 }  // namespace
 
 void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
                    const void* features, const Rectangles& rectangles, bool empty_is_lowest,
                    void* pooled, void* argmax, const Threads& threads) {
-  const int64_t channels = shape.channels, bin_bytes = channels * loops.item_size;
-  const int64_t argmax_bytes = channels * loops.argmax_size;
   const int64_t bin_rows = shape.groups * shape.rois * shape.bin_rows;
-  prefer_huge_pages(pooled, bin_rows * shape.bin_cols * bin_bytes);
-  if (argmax != nullptr) {
-    prefer_huge_pages(argmax, bin_rows * shape.bin_cols * argmax_bytes);
-  }
-  const auto edge = [](int32_t cell, int64_t size) {
-    return std::clamp<int64_t>(cell, 0, size);
-  };
+  const int64_t pooled_bytes = shape.channels * loops.item_size;
+  const int64_t argmax_bytes = shape.channels * loops.argmax_size;
+  prefer_huge_pages(pooled, bin_rows * shape.bin_cols * pooled_bytes);
+  if (argmax != nullptr) prefer_huge_pages(argmax, bin_rows * shape.bin_cols * argmax_bytes);
 
+  const Pyramid pyramid(loops, map, shape, features, rectangles, argmax != nullptr, threads);
   parallel_for(threads, bin_rows, [&](int64_t bin_row) {
-    const int64_t roi = bin_row / shape.bin_rows, group = roi / shape.rois;
-    const int64_t image_index = rectangles.image_index[roi];
+    const int64_t roi = bin_row / shape.bin_rows, image_index = rectangles.image_index[roi];
     const bool has_image = is_in(image_index, map.images);
-    const void* const image =
-        has_image ? at(features,
-                       (group * map.images + image_index) * map.image_size() * loops.item_size)
-                  : nullptr;
-    const int64_t row_start = edge(rectangles.row_start[bin_row], map.height);
-    const int64_t row_end = edge(rectangles.row_end[bin_row], map.height);
+    const Range rows = rectangles.rows(bin_row, map.height);
     for (int64_t q = 0; q < shape.bin_cols; ++q) {
+      const Range cols = rectangles.cols(roi * shape.bin_cols + q, map.width);
       const int64_t bin = bin_row * shape.bin_cols + q;
-      void* const bin_pooled = at(pooled, bin * bin_bytes);
+      void* const bin_pooled = at(pooled, bin * pooled_bytes);
       void* const bin_argmax = argmax == nullptr ? nullptr : at(argmax, bin * argmax_bytes);
-      const int64_t col_start = edge(rectangles.col_start[roi * shape.bin_cols + q], map.width);
-      const int64_t col_end = edge(rectangles.col_end[roi * shape.bin_cols + q], map.width);
-      if (has_image && row_start < row_end && col_start < col_end) {
-        pool_bin(loops, map, image, row_start, row_end, col_start, col_end, bin_pooled,
-                 bin_argmax);
+      if (has_image && rows.size() > 0 && cols.size() > 0) {
+        const int64_t image = roi / shape.rois * map.images + image_index;
+        Bin(loops, map.channels, pyramid.levels(image), bin_pooled, bin_argmax)
+            .add(0, rows, cols);
         continue;
       }
       if (has_image && empty_is_lowest) {
-        loops.fill_lowest(channels, bin_pooled);
+        loops.fill_lowest(shape.channels, bin_pooled);
       } else {
-        std::memset(bin_pooled, 0, bin_bytes);
+        std::memset(bin_pooled, 0, pooled_bytes);
       }
       if (bin_argmax != nullptr) std::memset(bin_argmax, 0xFF, argmax_bytes);  // -1
     }

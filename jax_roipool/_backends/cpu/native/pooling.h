@@ -1,33 +1,11 @@
 // The three primitives on plain memory: what is done for each RoI, and how threads share it.
 #pragma once
 
-#include <cstdint>
-
 #include "channel_loops.h"
 #include "parallel.h"
+#include "shapes.h"
 
 namespace jax_roipool {
-
-// [groups, images, height, width, channels]
-struct MapShape {
-  int64_t groups, images, height, width, channels;
-
-  int64_t cells() const { return height * width; }
-  int64_t image_size() const { return cells() * channels; }
-};
-
-// [groups, rois, bin_rows, bin_cols, channels]
-struct PooledShape {
-  int64_t groups, rois, bin_rows, bin_cols, channels;
-
-  int64_t bins() const { return bin_rows * bin_cols; }
-};
-
-struct Rectangles {
-  const int32_t* image_index;                // [groups, rois]
-  const int32_t *row_start, *row_end;        // [groups, rois, bin_rows]
-  const int32_t *col_start, *col_end;        // [groups, rois, bin_cols]
-};
 
 // `argmax` may be null.
 void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,

@@ -1,0 +1,30 @@
+// Addresses in arrays of any type, and the pages of large ones.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace jax_roipool {
+
+inline char* at(void* array, int64_t bytes) { return static_cast<char*>(array) + bytes; }
+inline const char* at(const void* array, int64_t bytes) {
+  return static_cast<const char*>(array) + bytes;
+}
+
+// Fresh memory comes in pages of 4 KiB, and their faults take several times as long as writing to
+// them does. NumPy asks for huge pages in the same way, from the same size on.
+inline void prefer_huge_pages(void* array, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kEnough = 4 << 20, kPage = 4096;
+  if (bytes < kEnough) return;
+  const int64_t before_page = -reinterpret_cast<intptr_t>(array) & (kPage - 1);
+  madvise(at(array, before_page), bytes - before_page, MADV_HUGEPAGE);
+#else
+  (void)array, (void)bytes;
+#endif
+}
+
+}  // namespace jax_roipool
