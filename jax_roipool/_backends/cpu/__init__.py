@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 CUSTOM_CALLS = (
     "jax_roipool_cpu_max",
@@ -108,5 +109,6 @@ def gather_at_argmax(features, argmax, image_index):
 def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
     """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`."""
     shape = (cotangent.shape[0], *map_shape, cotangent.shape[4])
-    result = jax.ShapeDtypeStruct(shape, cotangent.dtype)
-    return jax.ffi.ffi_call("jax_roipool_cpu_scatter", result)(cotangent, argmax, image_index)
+    sums = jax.ShapeDtypeStruct(shape, jnp.promote_types(cotangent.dtype, jnp.float32))
+    call = jax.ffi.ffi_call("jax_roipool_cpu_scatter", sums)
+    return call(cotangent, argmax, image_index).astype(cotangent.dtype)

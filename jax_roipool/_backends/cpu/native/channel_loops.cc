@@ -60,31 +60,31 @@ template <int kLaneBytes>
 using Many = One;
 #endif
 
-// Whether a value takes the place of the maximum of those before it. For the maximum alone it does
-// not matter which of two NaNs stays.
+// Whether a value takes the place of the maximum of those before it: `is_larger`. It is written so
+// that a compiler finds few instructions for it.
 
 struct FloatOrder {
+  static constexpr bool kHasNan = true;
+
   template <class V>
   static auto is_larger(V value, V maximum) {
-    return (value > maximum) | ((value != value) & (maximum == maximum));
-  }
-  template <class V>
-  static auto is_larger_or_nan(V value, V maximum) {
-    return (value > maximum) | (value != value);
+    return ((value <= maximum) == 0) & (maximum == maximum);
   }
   template <class V>
   static auto is_same(V value, V maximum) {
     return (value == maximum) | ((value != value) & (maximum != maximum));
   }
+  template <class V>
+  static auto are_numbers(V a, V b) {
+    return (a <= b) | (a > b);
+  }
 };
 
 struct IntegerOrder {
+  static constexpr bool kHasNan = false;
+
   template <class V>
   static auto is_larger(V value, V maximum) {
-    return value > maximum;
-  }
-  template <class V>
-  static auto is_larger_or_nan(V value, V maximum) {
     return value > maximum;
   }
   template <class V>
@@ -112,7 +112,6 @@ struct Float : FloatOrder {
   }
   static T lowest() { return -std::numeric_limits<T>::infinity(); }
   static T to_sum(T stored) { return stored; }
-  static T from_sum(T sum) { return sum; }
 };
 
 struct Bfloat16 : FloatOrder {
@@ -132,11 +131,6 @@ struct Bfloat16 : FloatOrder {
   }
   static uint16_t lowest() { return 0xFF80; }
   static float to_sum(uint16_t stored) { return to_lane<One>(stored); }
-  static uint16_t from_sum(float sum) {
-    const uint32_t bits = bit_cast<uint32_t>(sum);
-    if (sum != sum) return 0x7FC0;
-    return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-  }
 };
 
 // Compared as an integer of the same order, in which NaN is the largest.
@@ -166,21 +160,6 @@ struct Float16 : IntegerOrder {
     // Its bits, in a float's place for them, are the number times 2^-112.
     const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
     return bit_cast<float>(bit_cast<uint32_t>(scaled) | sign);
-  }
-  static uint16_t from_sum(float sum) {
-    const uint32_t bits = bit_cast<uint32_t>(sum);
-    const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-    uint32_t rounded;
-    if (magnitude > 0x7F800000u) {
-      rounded = 0x7E00;
-    } else if (magnitude >= 0x477FF000u) {  // what rounds to 2^16 or more
-      rounded = 0x7C00;
-    } else if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 puts its last bit in place
-      rounded = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
-    } else {
-      rounded = (magnitude + 0xFFFu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13;
-    }
-    return static_cast<uint16_t>(sign | rounded);
   }
 };
 
@@ -222,13 +201,22 @@ void store(V lane, typename E::Stored* to) {
 // The maximum of `first` and `count` cells, of as many of the channels as fill vectors. Returns the
 // first channel that is left. `Count` is an int, or a constant for which the loop unrolls.
 template <class E, class W, class Count>
-int64_t max_of(const typename E::Stored* first, const typename E::Stored* const* cells,
-               Count count, int64_t channel, int64_t channels, typename E::Stored* pooled) {
+int64_t max_of(const typename E::Stored* first, const typename E::Stored* const* cells, Count count,
+               int64_t channel, int64_t channels, typename E::Stored* pooled) {
+  using Lanes = typename W::template Of<typename E::Lane>;
   for (; channel + W::kLanes <= channels; channel += W::kLanes) {
-    auto maximum = load<E, W>(first + channel);
+    Lanes maximum = load<E, W>(first + channel), previous = maximum;
+    [[maybe_unused]] auto numbers = maximum == maximum;
     for (int i = 0; i < count; ++i) {
-      const auto value = load<E, W>(cells[i] + channel);
-      maximum = E::is_larger_or_nan(value, maximum) ? value : maximum;
+      const Lanes value = load<E, W>(cells[i] + channel);
+      maximum = value > maximum ? value : maximum;
+      if constexpr (E::kHasNan) {  // two at a time
+        if (i % 2 == 1 || i + 1 == count) numbers &= E::are_numbers(previous, value);
+        previous = value;
+      }
+    }
+    if constexpr (E::kHasNan) {
+      maximum = numbers ? maximum : Lanes{} + std::numeric_limits<typename E::Lane>::quiet_NaN();
     }
     store<E, W>(maximum, pooled + channel);
   }
@@ -343,10 +331,10 @@ struct Loops {
       const int64_t more = end - cell < kArgmaxCells ? end - cell : kArgmaxCells;
       const int64_t channel = with_constant<kArgmaxCells>(more, [&](auto constant) {
         return argmax_of<E, A, Wide>(first, first_index, resume, cell, index, constant, 0, channels,
-                                  pooled, argmax);
+                                     pooled, argmax);
       });
       argmax_of<E, A, One>(first, first_index, resume, cell, index, more, channel, channels, pooled,
-                        argmax);
+                           argmax);
       cell += more;
       index += more;
       resume = true;
@@ -365,8 +353,8 @@ struct Loops {
       const A* const first_argmax = resume ? argmax : *index++;
       const int64_t more = end - cell < kArgmaxCells ? end - cell : kArgmaxCells;
       const int64_t channel = with_constant<kArgmaxCells>(more, [&](auto constant) {
-        return merge_of<E, A, Wide>(first, first_argmax, cell, index, constant, 0, channels,
-                                    pooled, argmax);
+        return merge_of<E, A, Wide>(first, first_argmax, cell, index, constant, 0, channels, pooled,
+                                    argmax);
       });
       merge_of<E, A, One>(first, first_argmax, cell, index, more, channel, channels, pooled,
                           argmax);
@@ -390,8 +378,8 @@ struct Loops {
     }
   }
 
-  static void scatter(const void* cotangent, const void* argmax, int64_t cells,
-                      int64_t channels, int64_t stride, void* sums) {
+  static void scatter(const void* cotangent, const void* argmax, int64_t cells, int64_t channels,
+                      int64_t stride, void* sums) {
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t cell = static_cast<const A*>(argmax)[c];
       if (0 <= cell && cell < cells) {
@@ -401,17 +389,11 @@ struct Loops {
     }
   }
 
-  static void round(const void* sums, int64_t channels, void* gradient) {
-    for (int64_t c = 0; c < channels; ++c) {
-      static_cast<T*>(gradient)[c] = E::from_sum(static_cast<const Sum*>(sums)[c]);
-    }
-  }
-
   static constexpr ChannelLoops table() {
     if constexpr (std::is_void_v<Sum>) {
-      return {sizeof(T), sizeof(A), 0, max, argmax, merge, fill_lowest, gather, nullptr, nullptr};
+      return {sizeof(T), sizeof(A), 0, max, argmax, merge, fill_lowest, gather, nullptr};
     } else {
-      return {sizeof(T), sizeof(A), sizeof(Sum), max, argmax, merge, fill_lowest, gather, scatter, round};
+      return {sizeof(T), sizeof(A), sizeof(Sum), max, argmax, merge, fill_lowest, gather, scatter};
     }
   }
 };

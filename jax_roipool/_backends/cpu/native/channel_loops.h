@@ -8,8 +8,18 @@
 namespace jax_roipool {
 
 enum class Element {
-  kFloat32, kFloat64, kBfloat16, kFloat16,
-  kInt8, kInt16, kInt32, kInt64, kUint8, kUint16, kUint32, kUint64,
+  kFloat32,
+  kFloat64,
+  kBfloat16,
+  kFloat16,
+  kInt8,
+  kInt16,
+  kInt32,
+  kInt64,
+  kUint8,
+  kUint16,
+  kUint32,
+  kUint64,
 };
 constexpr int kElements = 12;
 
@@ -24,16 +34,15 @@ constexpr int kArgmaxes = 2;
 struct ChannelLoops {
   int64_t item_size;
   int64_t argmax_size;
-  int64_t sum_size;  // of the type that gradients are summed in; 0 where there is no gradient
+  int64_t sum_size;  // of the type that gradients are summed in: float32 at least; 0 for integers
 
   // pooled[c] = the largest of the cells' [c], and of pooled[c] too if `resume`.
-  void (*max)(const void* const* cells, int64_t count, int64_t channels, bool resume,
-              void* pooled);
+  void (*max)(const void* const* cells, int64_t count, int64_t channels, bool resume, void* pooled);
 
   // The same, and argmax[c] = the index of the first cell that has it. Cells that `pooled` already
   // has, if `resume`, come before these.
-  void (*argmax)(const void* const* cells, const int32_t* indices, int64_t count,
-                 int64_t channels, bool resume, void* pooled, void* argmax);
+  void (*argmax)(const void* const* cells, const int32_t* indices, int64_t count, int64_t channels,
+                 bool resume, void* pooled, void* argmax);
 
   // The same for cells in any order, each with its own argmax[c].
   void (*merge)(const void* const* cells, const void* const* argmaxes, int64_t count,
@@ -50,9 +59,6 @@ struct ChannelLoops {
   // the next there are `stride` channels.
   void (*scatter)(const void* cotangent, const void* argmax, int64_t cells, int64_t channels,
                   int64_t stride, void* sums);
-
-  // gradient[c] = sums[c], rounded.
-  void (*round)(const void* sums, int64_t channels, void* gradient);
 };
 
 // In the order of Element and of Argmax.

@@ -93,8 +93,8 @@ class Check {
     }
   }
   void is_argmax(ffi::AnyBuffer argmax, const MapShape& map, const PooledShape& shape) {
-    const bool narrow = argmax.element_type() == ffi::S16 &&
-                        map.cells() <= std::numeric_limits<int16_t>::max();
+    const bool narrow =
+        argmax.element_type() == ffi::S16 && map.cells() <= std::numeric_limits<int16_t>::max();
     is("argmax", argmax, narrow ? ffi::S16 : ffi::S32,
        {shape.groups, shape.rois, shape.bin_rows, shape.bin_cols, shape.channels});
   }
@@ -133,8 +133,8 @@ Threads threads_of(ffi::ThreadPool& pool) {
 
 ffi::Error pool_rectangles(const char* target, ffi::ThreadPool& pool, ffi::AnyBuffer features,
                            ffi::AnyBuffer image_index, ffi::AnyBuffer row_start,
-                           ffi::AnyBuffer row_end, ffi::AnyBuffer col_start,
-                           ffi::AnyBuffer col_end, bool empty_is_lowest, ffi::AnyBuffer pooled,
+                           ffi::AnyBuffer row_end, ffi::AnyBuffer col_start, ffi::AnyBuffer col_end,
+                           bool empty_is_lowest, ffi::AnyBuffer pooled,
                            std::optional<ffi::AnyBuffer> argmax) {
   Check check(target);
   check.is_map("features", features);
@@ -155,12 +155,12 @@ ffi::Error pool_rectangles(const char* target, ffi::ThreadPool& pool, ffi::AnyBu
   if (argmax) check.is_argmax(*argmax, map, shape);
   if (!check.ok()) return check.error();
 
-  rectangle_max(loops_of(features.element_type(), argmax ? argmax->element_type() : ffi::S32),
-                map, shape, features.untyped_data(),
-                {int32s(image_index), int32s(row_start), int32s(row_end), int32s(col_start),
-                 int32s(col_end)},
-                empty_is_lowest, pooled.untyped_data(),
-                argmax ? argmax->untyped_data() : nullptr, threads_of(pool));
+  rectangle_max(
+      loops_of(features.element_type(), argmax ? argmax->element_type() : ffi::S32), map, shape,
+      features.untyped_data(),
+      {int32s(image_index), int32s(row_start), int32s(row_end), int32s(col_start), int32s(col_end)},
+      empty_is_lowest, pooled.untyped_data(), argmax ? argmax->untyped_data() : nullptr,
+      threads_of(pool));
   return ffi::Error::Success();
 }
 
@@ -171,23 +171,24 @@ ffi::Error max_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBu
                          col_start, col_end, empty_is_lowest, *pooled, std::nullopt);
 }
 
-ffi::Error argmax_handler(ffi::ThreadPool pool, ffi::AnyBuffer features,
-                          ffi::AnyBuffer image_index, ffi::AnyBuffer row_start,
-                          ffi::AnyBuffer row_end, ffi::AnyBuffer col_start, ffi::AnyBuffer col_end,
-                          bool empty_is_lowest, Result pooled, Result argmax) {
+ffi::Error argmax_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer image_index,
+                          ffi::AnyBuffer row_start, ffi::AnyBuffer row_end,
+                          ffi::AnyBuffer col_start, ffi::AnyBuffer col_end, bool empty_is_lowest,
+                          Result pooled, Result argmax) {
   return pool_rectangles("jax_roipool_cpu_argmax", pool, features, image_index, row_start, row_end,
                          col_start, col_end, empty_is_lowest, *pooled, *argmax);
 }
 
 // What a gather and a scatter have in common: a map, and bins that each go with one of its cells.
 void check_argmax(Check& check, const char* map_name, ffi::AnyBuffer map, const char* pooled_name,
-                  ffi::AnyBuffer pooled, ffi::AnyBuffer argmax, ffi::AnyBuffer image_index) {
+                  ffi::AnyBuffer pooled, ffi::DataType pooled_type, ffi::AnyBuffer argmax,
+                  ffi::AnyBuffer image_index) {
   check.is_map(map_name, map);
   check.has_rank(pooled_name, pooled, 5);
   if (!check.ok()) return;
   const MapShape m = map_shape(map);
   const PooledShape p = pooled_shape(pooled);
-  check.is(pooled_name, pooled, map.element_type(),
+  check.is(pooled_name, pooled, pooled_type,
            {m.groups, p.rois, p.bin_rows, p.bin_cols, m.channels});
   check.is_argmax(argmax, m, p);
   check.is("image_index", image_index, ffi::S32, {m.groups, p.rois});
@@ -196,7 +197,8 @@ void check_argmax(Check& check, const char* map_name, ffi::AnyBuffer map, const 
 ffi::Error gather_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer argmax,
                           ffi::AnyBuffer image_index, Result tangent) {
   Check check("jax_roipool_cpu_gather");
-  check_argmax(check, "features", features, "tangent", *tangent, argmax, image_index);
+  check_argmax(check, "features", features, "tangent", *tangent, features.element_type(), argmax,
+               image_index);
   if (!check.ok()) return check.error();
   gather_at_argmax(loops_of(features.element_type(), argmax.element_type()), map_shape(features),
                    pooled_shape(*tangent), features.untyped_data(), argmax.untyped_data(),
@@ -207,16 +209,21 @@ ffi::Error gather_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::An
 ffi::Error scatter_handler(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer argmax,
                            ffi::AnyBuffer image_index, Result gradient) {
   Check check("jax_roipool_cpu_scatter");
-  check_argmax(check, "gradient", *gradient, "cotangent", cotangent, argmax, image_index);
-  if (!check.ok()) return check.error();
-  const ChannelLoops& loops = loops_of(cotangent.element_type(), argmax.element_type());
-  if (loops.scatter == nullptr) {
-    check.expected("cotangent", "of a floating dtype", cotangent);
-    return check.error();
+  const ffi::DataType type = cotangent.element_type();
+  const bool is_float =
+      type == ffi::F32 || type == ffi::F64 || type == ffi::BF16 || type == ffi::F16;
+  if (!is_float) check.expected("cotangent", "of a floating dtype", cotangent);
+  check_argmax(check, "gradient", *gradient, "cotangent", cotangent, type, argmax, image_index);
+  const auto shape = gradient->dimensions();
+  if (check.ok()) {
+    check.is("gradient", *gradient, type == ffi::F64 ? ffi::F64 : ffi::F32,
+             {shape[0], shape[1], shape[2], shape[3], shape[4]});
   }
-  scatter_at_argmax(loops, map_shape(*gradient), pooled_shape(cotangent),
-                    cotangent.untyped_data(), argmax.untyped_data(), int32s(image_index),
-                    gradient->untyped_data(), threads_of(pool));
+  if (!check.ok()) return check.error();
+  const ChannelLoops& loops = loops_of(type, argmax.element_type());
+  scatter_at_argmax(loops, map_shape(*gradient), pooled_shape(cotangent), cotangent.untyped_data(),
+                    argmax.untyped_data(), int32s(image_index), gradient->untyped_data(),
+                    threads_of(pool));
   return ffi::Error::Success();
 }
 
@@ -247,7 +254,7 @@ auto bind_argmax() {
 }  // namespace jax_roipool
 
 // The names are part of every program that was exported with them.
-#define JAX_ROIPOOL_HANDLER(name, implementation, ...)          \
+#define JAX_ROIPOOL_HANDLER(name, implementation, ...)         \
   extern "C" EXPORTED XLA_FFI_Error* name(XLA_FFI_CallFrame*); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, implementation, __VA_ARGS__)
 

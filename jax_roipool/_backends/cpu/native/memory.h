@@ -1,4 +1,4 @@
-// Addresses in arrays of any type, and the pages of large ones.
+// Addresses in arrays of any type, and hints to the system and the processor about them.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,16 @@ inline void prefer_huge_pages(void* array, int64_t bytes) {
   if (bytes < kEnough) return;
   const int64_t before_page = -reinterpret_cast<intptr_t>(array) & (kPage - 1);
   madvise(at(array, before_page), bytes - before_page, MADV_HUGEPAGE);
+#else
+  (void)array, (void)bytes;
+#endif
+}
+
+constexpr int64_t kCacheLine = 64;
+
+inline void prefetch(const void* array, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(at(array, i));
 #else
   (void)array, (void)bytes;
 #endif

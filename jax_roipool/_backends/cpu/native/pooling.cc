@@ -93,7 +93,7 @@ void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledS
   if (argmax != nullptr) prefer_huge_pages(argmax, bin_rows * shape.bin_cols * argmax_bytes);
 
   const Pyramid pyramid(loops, map, shape, features, rectangles, argmax != nullptr, threads);
-  parallel_for(threads, bin_rows, [&](int64_t bin_row) {
+  const auto pool_bin_row = [&](int64_t bin_row) {
     const int64_t roi = bin_row / shape.bin_rows, image_index = rectangles.image_index[roi];
     const bool has_image = is_in(image_index, map.images);
     const Range rows = rectangles.rows(bin_row, map.height);
@@ -104,8 +104,7 @@ void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledS
       void* const bin_argmax = argmax == nullptr ? nullptr : at(argmax, bin * argmax_bytes);
       if (has_image && rows.size() > 0 && cols.size() > 0) {
         const int64_t image = roi / shape.rois * map.images + image_index;
-        Bin(loops, map.channels, pyramid.levels(image), bin_pooled, bin_argmax)
-            .add(0, rows, cols);
+        Bin(loops, map.channels, pyramid.levels(image), bin_pooled, bin_argmax).add(0, rows, cols);
         continue;
       }
       if (has_image && empty_is_lowest) {
@@ -115,6 +114,13 @@ void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledS
       }
       if (bin_argmax != nullptr) std::memset(bin_argmax, 0xFF, argmax_bytes);  // -1
     }
+  };
+  // Neighbouring bins read the same cells, so a thread takes whole RoIs if there are many.
+  const int64_t rois = shape.groups * shape.rois;
+  const int64_t at_once = rois < 8 * threads.count ? 1 : shape.bin_rows;
+  if (bin_rows == 0) return;
+  parallel_for(threads, bin_rows / at_once, [&](int64_t task) {
+    for (int64_t i = 0; i < at_once; ++i) pool_bin_row(task * at_once + i);
   });
 }
 
@@ -129,8 +135,8 @@ void gather_at_argmax(const ChannelLoops& loops, const MapShape& map, const Pool
     const int64_t image = group * map.images + (has_image ? image_index[roi] : 0);
     for (int64_t bin = roi * shape.bins(); bin < (roi + 1) * shape.bins(); ++bin) {
       loops.gather(at(features, image * map.image_size() * loops.item_size),
-                   at(argmax, bin * channels * loops.argmax_size), has_image ? map.cells() : 0, channels,
-                   at(tangent, bin * bin_bytes));
+                   at(argmax, bin * channels * loops.argmax_size), has_image ? map.cells() : 0,
+                   channels, at(tangent, bin * bin_bytes));
     }
   });
 }
@@ -139,47 +145,40 @@ void scatter_at_argmax(const ChannelLoops& loops, const MapShape& map, const Poo
                        const void* cotangent, const void* argmax, const int32_t* image_index,
                        void* gradient, const Threads& threads) {
   const int64_t channels = map.channels, images = map.groups * map.images;
+  const int64_t bins = shape.groups * shape.rois * shape.bins();
   if (images * map.image_size() == 0) return;
-  prefer_huge_pages(gradient, images * map.image_size() * loops.item_size);
+  prefer_huge_pages(gradient, images * map.image_size() * loops.sum_size);
 
   // Threads share out the images, and then the channels: no two of them write to one cell. As few
   // parts as keep them busy, since what is read from end to end is read fastest.
-  constexpr int64_t kCacheLine = 64;
   const int64_t parts = std::max<int64_t>(1, (threads.count + images - 1) / images);
-  const int64_t part = (channels + parts - 1) / parts;
-  const int64_t unit = std::max<int64_t>(1, kCacheLine / loops.item_size);
-  const int64_t block = (part + unit - 1) / unit * unit;
+  const int64_t unit = kCacheLine / loops.sum_size;
+  const int64_t block = ((channels + parts - 1) / parts + unit - 1) / unit * unit;
   const int64_t blocks = (channels + block - 1) / block;
-  const bool sums_apart = loops.sum_size != loops.item_size;
+  // Where a thread reads a part of each bin only, the processor does not see what comes next.
+  constexpr int64_t kBinsAhead = 8;
 
   parallel_for(threads, images * blocks, [&](int64_t task) {
     const int64_t image = task / blocks, group = image / map.images;
     const int64_t channel = task % blocks * block, count = std::min(block, channels - channel);
-    void* const out = at(gradient, (image * map.image_size() + channel) * loops.item_size);
-    std::vector<char> apart;
-    void* sums = out;
-    int64_t stride = channels;
-    if (sums_apart) {
-      apart.resize(map.cells() * count * loops.sum_size);
-      sums = apart.data();
-      stride = count;
-    } else {
-      for (int64_t cell = 0; cell < map.cells(); ++cell) {
-        std::memset(at(out, cell * channels * loops.item_size), 0, count * loops.item_size);
-      }
+    const auto cotangent_of = [&](int64_t bin) {
+      return at(cotangent, (bin * channels + channel) * loops.item_size);
+    };
+    const auto argmax_of = [&](int64_t bin) {
+      return at(argmax, (bin * channels + channel) * loops.argmax_size);
+    };
+    void* const sums = at(gradient, (image * map.image_size() + channel) * loops.sum_size);
+    for (int64_t cell = 0; cell < map.cells(); ++cell) {
+      std::memset(at(sums, cell * channels * loops.sum_size), 0, count * loops.sum_size);
     }
     for (int64_t roi = group * shape.rois; roi < (group + 1) * shape.rois; ++roi) {
       if (group * map.images + image_index[roi] != image) continue;
       for (int64_t bin = roi * shape.bins(); bin < (roi + 1) * shape.bins(); ++bin) {
-        const int64_t first = bin * channels + channel;
-        loops.scatter(at(cotangent, first * loops.item_size),
-                      at(argmax, first * loops.argmax_size), map.cells(), count, stride, sums);
-      }
-    }
-    if (sums_apart) {
-      for (int64_t cell = 0; cell < map.cells(); ++cell) {
-        loops.round(at(sums, cell * stride * loops.sum_size), count,
-                    at(out, cell * channels * loops.item_size));
+        if (blocks > 1 && bin + kBinsAhead < bins) {
+          prefetch(cotangent_of(bin + kBinsAhead), count * loops.item_size);
+          prefetch(argmax_of(bin + kBinsAhead), count * loops.argmax_size);
+        }
+        loops.scatter(cotangent_of(bin), argmax_of(bin), map.cells(), count, channels, sums);
       }
     }
   });

@@ -16,7 +16,8 @@ void gather_at_argmax(const ChannelLoops& loops, const MapShape& map, const Pool
                       const void* features, const void* argmax, const int32_t* image_index,
                       void* tangent, const Threads& threads);
 
-// Every sum is in the order of RoIs and bins, whatever the number of threads.
+// `gradient` is of the type that sums are in. Every sum is in the order of RoIs and bins, whatever
+// the number of threads.
 void scatter_at_argmax(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
                        const void* cotangent, const void* argmax, const int32_t* image_index,
                        void* gradient, const Threads& threads);

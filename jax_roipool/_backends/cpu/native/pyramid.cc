@@ -77,8 +77,8 @@ Pyramid::Pyramid(const ChannelLoops& loops, const MapShape& map, const PooledSha
     for (int64_t q = roi * shape.bin_cols; q < (roi + 1) * shape.bin_cols; ++q) {
       cols += rectangles.cols(q, map.width).size();
     }
-    add_roi(uses[roi / shape.rois * map.images + image_index], shape.bin_rows, shape.bin_cols,
-            rows, cols);
+    add_roi(uses[roi / shape.rois * map.images + image_index], shape.bin_rows, shape.bin_cols, rows,
+            cols);
   }
 
   struct Band {
@@ -88,11 +88,10 @@ Pyramid::Pyramid(const ChannelLoops& loops, const MapShape& map, const PooledSha
   images_.resize(images);
   for (int64_t image = 0; image < images; ++image) {
     std::vector<Level>& levels = images_[image];
-    levels.push_back({at(features, image * map.image_size() * loops.item_size), nullptr,
-                      map.height, map.width});
+    levels.push_back(
+        {at(features, image * map.image_size() * loops.item_size), nullptr, map.height, map.width});
     const Use& use = uses[image];
-    if (!use.pays(map) ||
-        !allocate_levels(loops, map.channels, use.levels, with_argmax, levels)) {
+    if (!use.pays(map) || !allocate_levels(loops, map.channels, use.levels, with_argmax, levels)) {
       continue;
     }
     const int64_t rows = int64_t{1} << use.levels;

@@ -11,7 +11,8 @@
 
 namespace jax_roipool {
 
-// Tiles of 2^level x 2^level cells of an image, those that are whole. At level 0 they are its cells.
+// Tiles of 2^level x 2^level cells of an image, those that are whole. At level 0 they are its
+// cells.
 struct Level {
   const void* values;  // [height, width, channels]
   const void* argmax;  // likewise; null at level 0, and where no argmax is wanted
@@ -30,8 +31,8 @@ class Pyramid {
   const std::vector<Level>& levels(int64_t image) const { return images_[image]; }
 
  private:
-  bool allocate_levels(const ChannelLoops& loops, int64_t channels, int64_t count,
-                       bool with_argmax, std::vector<Level>& levels);
+  bool allocate_levels(const ChannelLoops& loops, int64_t channels, int64_t count, bool with_argmax,
+                       std::vector<Level>& levels);
 
   std::vector<std::vector<Level>> images_;
   std::vector<std::unique_ptr<char[]>> memory_;

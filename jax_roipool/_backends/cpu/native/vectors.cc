@@ -26,9 +26,8 @@ Vectors choose() {
   };
 #if defined(JAX_ROIPOOL_X86_VECTORS)
   __builtin_cpu_init();
-  if (may_be("avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  if (may_be("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return {"avx512", &avx512::kTables};
   }
   if (may_be("avx2") && __builtin_cpu_supports("avx2")) return {"avx2", &avx2::kTables};
