@@ -14,14 +14,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+def skip_unless_it_can_be_used(implementation):
+    (backend,) = (b for b in _backends.BACKENDS if b.name == implementation)
+    problem = _backends.problem_with(backend, ["cpu"])
+    if problem is not None:
+        pytest.skip(f"implementation {implementation!r}: {problem}")
+
+
 # Session scope: hypothesis refuses fixtures that do not outlive one example.
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS)
 def implementation(request):
-    (backend,) = (b for b in _backends.BACKENDS if b.name == request.param)
-    problem = _backends.problem_with(backend, ["cpu"])
-    if problem is not None:
-        pytest.skip(f"implementation {request.param!r}: {problem}")
+    skip_unless_it_can_be_used(request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def native():
+    """For tests of the native library alone."""
+    skip_unless_it_can_be_used("cpu")
 
 
 @pytest.fixture

@@ -79,20 +79,20 @@ def test_a_name_overrules_the_best(only_tpu):
     assert PORTABLE not in exported(["tpu"], "only_tpu")
 
 
-def test_native_on_the_cpu_and_nowhere_else():
+def test_native_on_the_cpu_and_nowhere_else(native):
     assert NATIVE in exported(["cpu"])
     assert PORTABLE not in exported(["cpu"])
     for platform in ("cuda", "rocm", "tpu"):
         assert NATIVE not in exported([platform])
 
 
-def test_a_program_for_several_platforms_has_the_best_for_each():
+def test_a_program_for_several_platforms_has_the_best_for_each(native):
     both = exported(["cpu", "cuda"])
     assert NATIVE in both
     assert PORTABLE in both
 
 
-def test_a_name_must_suit_every_platform_of_the_program():
+def test_a_name_must_suit_every_platform_of_the_program(native):
     with pytest.raises(ValueError, match="'cpu' cannot be used on cuda, tpu: it is for other"):
         exported(["cpu", "cuda", "tpu"], "cpu")
 

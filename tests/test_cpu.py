@@ -14,11 +14,8 @@ import pytest
 import jax_roipool
 import oracle
 from harness import assert_same, distinct_features, random_rois, resolved, whole_cotangent
-from jax_roipool._backends import cpu
 
-pytestmark = pytest.mark.skipif(
-    cpu.library_path() is None, reason="the native library was not built: no C++17 compiler"
-)
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def pool(features, rois, output_size, convention="torchvision"):

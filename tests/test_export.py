@@ -109,12 +109,12 @@ def loss(features):
     return jnp.sum(pool("torchvision", None)(features, *ARGUMENTS[1:])[0] ** 2)
 
 
-def test_native_artifact_needs_its_custom_calls_named():
+def test_native_artifact_needs_its_custom_calls_named(native):
     with pytest.raises(ValueError, match="jax_roipool_cpu_"):
         export.export(jax.jit(jax.grad(loss)))(FEATURES)
 
 
-def test_native_artifact_runs_in_a_process_that_has_pooled_nothing(tmp_path):
+def test_native_artifact_runs_in_a_process_that_has_pooled_nothing(native, tmp_path):
     allowed = [export.DisabledSafetyCheck.custom_call(name) for name in jax_roipool.CUSTOM_CALLS]
     program = export.export(jax.jit(jax.grad(loss)), platforms=PLATFORMS, disabled_checks=allowed)
     (tmp_path / "program").write_bytes(program(FEATURES).serialize())

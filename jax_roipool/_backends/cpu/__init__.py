@@ -30,6 +30,8 @@ def register_custom_calls() -> None:
     Raises:
       RuntimeError: the native library is not there, or this jaxlib does not take it.
 
+    Where the program is made:
+
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import jax_roipool
@@ -38,7 +40,9 @@ def register_custom_calls() -> None:
     >>> pool = jax.jit(lambda x: jax_roipool.roi_pool(x, jnp.array([[0, 0, 2, 2]]), 1))
     >>> features = jnp.arange(4.0).reshape(2, 2, 1)
     >>> artifact = export.export(pool, disabled_checks=allowed)(features).serialize()
-    >>> jax_roipool.register_custom_calls()
+
+    Where it runs, after `jax_roipool.register_custom_calls()`:
+
     >>> export.deserialize(artifact).call(features).ravel()
     Array([3.], dtype=float32)
     """
