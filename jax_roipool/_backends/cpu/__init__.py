@@ -113,6 +113,6 @@ def gather_at_argmax(features, argmax, image_index):
 def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
     """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`."""
     shape = (cotangent.shape[0], *map_shape, cotangent.shape[4])
-    sums = jax.ShapeDtypeStruct(shape, jnp.promote_types(cotangent.dtype, jnp.float32))
-    call = jax.ffi.ffi_call("jax_roipool_cpu_scatter", sums)
+    sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32
+    call = jax.ffi.ffi_call("jax_roipool_cpu_scatter", jax.ShapeDtypeStruct(shape, sum_dtype))
     return call(cotangent, argmax, image_index).astype(cotangent.dtype)
