@@ -155,8 +155,7 @@ inline const XLA_FFI_Api& api() {
       args->message = args->error->message.c_str();
     };
     api.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args* args) { delete args->error; };
-    api.XLA_FFI_ThreadPool_Schedule =
-        [](XLA_FFI_ThreadPool_Schedule_Args* args) -> XLA_FFI_Error* {
+    api.XLA_FFI_ThreadPool_Schedule = [](XLA_FFI_ThreadPool_Schedule_Args* args) -> XLA_FFI_Error* {
       Pool& pool = *reinterpret_cast<Pool*>(args->ctx);
       if (pool.start == Start::kRefused) return new XLA_FFI_Error{"no thread pool"};
       pool.schedule([task = args->task, data = args->data] { task(data); });
@@ -233,8 +232,8 @@ inline std::string call(Handler* handler, Pool& pool, std::vector<Array>& arrays
                 pointers.data()};
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(ret_types.size()),
                 ret_types.data(), pointers.data() + args};
-  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, empty_is_lowest.has_value(), attr_types,
-                 names, attrs};
+  frame.attrs = {
+      XLA_FFI_Attrs_STRUCT_SIZE, nullptr, empty_is_lowest.has_value(), attr_types, names, attrs};
 
   const FloatEnvironment environment(flush_subnormals);
   const unsigned mode = float_mode();

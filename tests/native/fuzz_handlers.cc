@@ -68,6 +68,7 @@ constexpr Dtype kIntegers[] = {
     {XLA_FFI_DataType_U32, "u32", 'u', 32, 0}, {XLA_FFI_DataType_U64, "u64", 'u', 64, 0},
 };
 constexpr const Dtype &kF32 = kFloats[0], &kF64 = kFloats[1];
+constexpr const Dtype &kBf16 = kFloats[2], &kF16 = kFloats[3];
 constexpr const Dtype &kS16 = kIntegers[1], &kS32 = kIntegers[2];
 
 template <class T>
@@ -101,18 +102,11 @@ std::vector<Number> decode(const Dtype& dtype, const Array& array) {
   return numbers;
 }
 
+const Dtype& sum_dtype(const Dtype& dtype) { return dtype.bits > 32 ? kF64 : kF32; }
+
 Number lowest(const Dtype& dtype) {
   if (dtype.kind == 'f') return -INFINITY;
   return dtype.kind == 'u' ? 0 : -std::ldexp(Number(1), dtype.bits - 1);
-}
-
-// The nearest number of a 16-bit dtype, the even one of two.
-Number rounded(const Dtype& dtype, Number x) {
-  if (dtype.bits > 16 || !std::isfinite(x) || x == 0) return x;
-  const int last_bit = std::max(std::ilogb(x), dtype.min_exponent()) - dtype.mantissa;
-  x = std::ldexp(std::nearbyint(std::ldexp(x, -last_bit)), last_bit);
-  const Number limit = std::ldexp(Number(1), dtype.max_exponent() + 1);
-  return std::fabs(x) >= limit ? std::copysign(Number(INFINITY), x) : x;
 }
 
 class Random {
@@ -120,6 +114,7 @@ class Random {
   explicit Random(uint64_t seed) : bits_(seed) {}
   uint64_t bits() { return bits_(); }
   int64_t below(int64_t limit) { return bits_() % limit; }
+  int64_t in(int64_t first, int64_t last) { return first + below(last - first + 1); }
   bool one_in(int64_t n) { return below(n) == 0; }
   template <class Choices>
   auto of(const Choices& choices) {
@@ -138,8 +133,9 @@ std::function<uint64_t()> elements(Random& random, const Dtype& dtype) {
   const int64_t exponents = dtype.kind == 'f' ? 2 * dtype.max_exponent() + 1 : 1;
   if (dtype.kind == 'f') {
     const uint64_t infinity = exponents * hidden, one = dtype.max_exponent() * hidden;
-    special = {0, 1, hidden - 1, hidden, one, one + 1, infinity - 1, infinity,
-               infinity + 1 /* a signaling NaN */, infinity + hidden / 2};
+    special = {0, 1, hidden - 1, hidden, one, one + 1, infinity - 1, infinity};
+    special.push_back(infinity + 1);  // a signaling NaN
+    special.push_back(infinity + hidden / 2);
     for (int i = special.size() - 1; i >= 0; --i) special.push_back(special[i] | sign);
   }
   switch (random.below(4)) {
@@ -148,8 +144,7 @@ std::function<uint64_t()> elements(Random& random, const Dtype& dtype) {
       for (int64_t i = random.below(3); i >= 0; --i) few.push_back(random.of(special));
       return [&random, few] { return random.of(few); };
     }
-    case 1:
-      return [&random, special] { return random.of(special); };
+    case 1: return [&random, special] { return random.of(special); };
     case 2:  // numbers of about the same size, so that sums must be rounded, often from a tie
       if (dtype.kind == 'f') {
         const int64_t lowest = random.below(exponents);
@@ -161,8 +156,7 @@ std::function<uint64_t()> elements(Random& random, const Dtype& dtype) {
         };
       }
       [[fallthrough]];
-    default:
-      return [&random] { return random.bits(); };
+    default: return [&random] { return random.bits(); };
   }
 }
 
@@ -182,19 +176,23 @@ struct Sizes {
 Sizes random_sizes(Random& random, uint64_t number) {
   constexpr int64_t kAroundVectors[] = {1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100};
   if (number % 128 == 127) return {1, 1, 33, 32, 512, 22, 7, 7};  // 4 MiB and more in float64
-  Sizes s = {1 + random.below(3), 1 + random.below(3), 1 + random.below(8), 1 + random.below(8),
-             random.of(kAroundVectors), 1 + random.below(6), 1 + random.below(4),
-             1 + random.below(4)};
+  Sizes s = {random.in(1, 3), random.in(1, 3), random.in(1, 8), random.in(1, 8), 1, 1, 1, 1};
+  s.C = random.of(kAroundVectors);
+  s.K = random.in(1, 6);
+  s.P = random.in(1, 4);
+  s.Q = random.in(1, 4);
   if (random.one_in(4)) {  // many cells in a bin
-    s = {1, s.n, 1 + random.below(40), 1 + random.below(40), 1 + random.below(9), s.K, s.P, s.Q};
+    s = {1, s.n, random.in(1, 40), random.in(1, 40), random.in(1, 9), s.K, s.P, s.Q};
   }
   if (random.one_in(4)) {  // and each cell in many bins
-    s = {1, 1, 8 + random.below(20), 8 + random.below(20), 1 + random.below(33),
-         24 + random.below(16), 1 + random.below(2), 1 + random.below(2)};
+    s = {1, random.in(1, 2), random.in(8, 24), random.in(8, 24), random.in(1, 33), 0, 0, 0};
+    s.K = random.in(24, 39);
+    s.P = random.in(1, 2);
+    s.Q = random.in(1, 2);
   }
   if (random.one_in(16)) {  // about as many cells as an int16 has indices for
-    s = {1, 1, 1 + random.below(2), 0, 1 + random.below(2), 2, 2, s.Q};
-    s.W = 32767 / s.H + random.below(2);
+    s = {1, 1, random.in(1, 2), 0, random.in(1, 2), 2, 2, s.Q};
+    s.W = SHRT_MAX / s.H + random.in(0, 1);
   }
   int64_t* const any[] = {&s.G, &s.n, &s.H, &s.W, &s.C, &s.K, &s.P, &s.Q};
   if (random.one_in(6)) *random.of(any) = 0;
@@ -214,38 +212,51 @@ void roi_like_bins(Random& random, int64_t size, int64_t bins, int32_t* start, i
 }
 
 int32_t hostile(Random& random, int64_t size) {
-  const int64_t around[] = {INT_MIN, INT_MIN + 1, -2, -1, 0, size - 1, size, size + 1, INT_MAX,
-                            SHRT_MIN, SHRT_MAX, random.below(size + 1), random.below(size + 1)};
+  const int64_t far[] = {INT_MIN, INT_MIN + 1, SHRT_MIN, SHRT_MAX, INT_MAX};
+  const int64_t around[] = {-2, -1, 0, size - 1, size, size + 1, random.of(far), random.of(far)};
+  if (random.one_in(4)) return static_cast<int32_t>(random.in(0, size));
   return static_cast<int32_t>(random.of(around));
 }
 
 struct Target {
   const char* name;
   Handler* handler;
-  std::vector<const char*> names;  // of the operands, and then of the results
   size_t args;
-  bool has_attribute;
+  std::vector<const char*> names;  // of the operands, and then of the results
+
+  std::string call(Pool& pool, std::vector<Array>& arrays, bool empty_is_lowest, bool flush) const {
+    const bool has_attribute = args == 6;
+    return fuzz::call(handler, pool, arrays, args,
+                      has_attribute ? std::optional(empty_is_lowest) : std::nullopt, flush);
+  }
 };
 
-const Target kTargets[] = {
-    {"jax_roipool_cpu_max", jax_roipool_cpu_max,
-     {"features", "image_index", "row_start", "row_end", "col_start", "col_end", "pooled"},
-     6, true},
-    {"jax_roipool_cpu_argmax", jax_roipool_cpu_argmax,
-     {"features", "image_index", "row_start", "row_end", "col_start", "col_end", "pooled",
-      "argmax"},
-     6, true},
-    {"jax_roipool_cpu_gather", jax_roipool_cpu_gather,
-     {"features", "argmax", "image_index", "tangent"}, 3, false},
-    {"jax_roipool_cpu_scatter", jax_roipool_cpu_scatter,
-     {"cotangent", "argmax", "image_index", "gradient"}, 3, false},
-};
+const Target kMax = {
+    "jax_roipool_cpu_max",
+    jax_roipool_cpu_max,
+    6,
+    {"features", "image_index", "row_start", "row_end", "col_start", "col_end", "pooled"}};
+const Target kArgmax = {"jax_roipool_cpu_argmax",
+                        jax_roipool_cpu_argmax,
+                        6,
+                        {"features", "image_index", "row_start", "row_end", "col_start", "col_end",
+                         "pooled", "argmax"}};
+const Target kGather = {"jax_roipool_cpu_gather",
+                        jax_roipool_cpu_gather,
+                        3,
+                        {"features", "argmax", "image_index", "tangent"}};
+const Target kScatter = {"jax_roipool_cpu_scatter",
+                         jax_roipool_cpu_scatter,
+                         3,
+                         {"cotangent", "argmax", "image_index", "gradient"}};
+const Target* const kTargets[] = {&kMax, &kArgmax, &kGather, &kScatter};
 
 Array make(const std::string& name, const Sizes& s, const Dtype& dtype, const Dtype& argmax) {
   const auto of = [](const Dtype& dtype, std::vector<int64_t> dims) {
     return Array(dtype.type, dtype.item_size(), std::move(dims));
   };
-  if (name == "features" || name == "gradient") return of(dtype, {s.G, s.n, s.H, s.W, s.C});
+  if (name == "features") return of(dtype, {s.G, s.n, s.H, s.W, s.C});
+  if (name == "gradient") return of(sum_dtype(dtype), {s.G, s.n, s.H, s.W, s.C});
   if (name == "image_index") return of(kS32, {s.G, s.K});
   if (name == "row_start" || name == "row_end") return of(kS32, {s.G, s.K, s.P});
   if (name == "col_start" || name == "col_end") return of(kS32, {s.G, s.K, s.Q});
@@ -291,7 +302,8 @@ class Case {
   }
 
   void check(const std::vector<Pool*>& pools) {
-    for (const Target& target : kTargets) {
+    for (const Target* const each : kTargets) {
+      const Target& target = *each;
       const std::vector<Array> first = results(target, *pools[0]);
       compare(target, *pools[0], first);
       for (size_t i = 1; i < pools.size(); ++i) {
@@ -361,7 +373,6 @@ class Case {
       sum = dtype_.bits == 64 ? Number(static_cast<double>(sum) + static_cast<double>(cotangent[i]))
                               : Number(static_cast<float>(sum) + static_cast<float>(cotangent[i]));
     }
-    for (Number& sum : gradient) sum = rounded(dtype_, sum);
   }
 
   // None if the call is wrong, and the handler has said so.
@@ -373,15 +384,13 @@ class Case {
       std::memcpy(arrays[i].data.get(), inputs_.at(target.names[i]).data.get(), arrays[i].bytes());
     }
     allocations_left = allocations_;
-    const std::string error =
-        call(target.handler, pool, arrays, target.args,
-             target.has_attribute ? std::optional(empty_is_lowest_) : std::nullopt, flush_);
+    const std::string error = target.call(pool, arrays, empty_is_lowest_, flush_);
     allocations_left = INT64_MAX;
 
     std::string wanted;
-    const bool has_argmax = target.handler != jax_roipool_cpu_max;
-    if (target.handler == jax_roipool_cpu_scatter && dtype_.kind != 'f') wanted = "cotangent";
+    const bool has_argmax = &target != &kMax;
     if (has_argmax && argmax_dtype_.bits == 16 && s_.cells() > SHRT_MAX) wanted = "argmax";
+    if (&target == &kScatter && dtype_.kind != 'f') wanted = "cotangent";
     if (!wanted.empty()) wanted = std::string(target.name) + ": " + wanted + " must be ";
     if (error.rfind(wanted, 0) != 0 || wanted.empty() != error.empty()) {
       fail(describe(target, pool) + ": error \"" + error + "\"");
@@ -401,13 +410,15 @@ class Case {
     for (size_t result = 0; result < results.size(); ++result) {
       const std::string name = target.names[target.args + result];
       const std::vector<Number>& expected = expected_[name];
-      const std::vector<Number> got =
-          decode(name == "argmax" ? argmax_dtype_ : dtype_, results[result]);
+      const Dtype& dtype = name == "argmax"     ? argmax_dtype_
+                           : name == "gradient" ? sum_dtype(dtype_)
+                                                : dtype_;
+      const std::vector<Number> got = decode(dtype, results[result]);
       for (size_t i = 0; i < got.size(); ++i) {
         if (got[i] == expected[i] || (std::isnan(got[i]) && std::isnan(expected[i]))) continue;
         std::ostringstream out;
-        out << std::setprecision(20) << name << text(results[result]) << " has " << got[i]
-            << " at " << i << ", not " << expected[i];
+        out << std::setprecision(20) << name << text(results[result]) << " has " << got[i] << " at "
+            << i << ", not " << expected[i];
         fail(describe(target, pool) + ": " + out.str());
       }
     }
@@ -458,9 +469,7 @@ void expect_error(const Target& target, const Sizes& s, const Dtype& dtype, cons
     std::memset(arrays.back().data.get(), 0, arrays.back().bytes());
   }
   if (wrong) arrays[place] = *std::move(wrong);
-  const std::string error =
-      call(target.handler, pool, arrays, target.args,
-           target.has_attribute ? std::optional(false) : std::nullopt, true);
+  const std::string error = target.call(pool, arrays, false, true);
   if (error.rfind(target.name + (": " + name), 0) == 0 &&
       error.find(" must be ") != std::string::npos) {
     return;
@@ -476,11 +485,13 @@ void check_wrong_calls() {
   const Sizes huge[] = {{1, 1, 1 << 16, 1 << 15, 0, 1, 1, 1},
                         {1, 1, int64_t{1} << 31, 1, 0, 1, 1, 1},
                         {1, 1, int64_t{1} << 62, int64_t{1} << 62, 0, 1, 1, 1}};
-  const std::pair<XLA_FFI_DataType, int64_t> dtypes[] = {
-      {XLA_FFI_DataType_PRED, 1}, {XLA_FFI_DataType_F8E4M3FN, 1}, {XLA_FFI_DataType_C64, 8},
-      {XLA_FFI_DataType_U32, 4}};
-  for (const Target& target : kTargets) {
-    const size_t map = target.handler == jax_roipool_cpu_scatter ? 3 : 0;
+  const std::pair<XLA_FFI_DataType, int64_t> dtypes[] = {{XLA_FFI_DataType_PRED, 1},
+                                                         {XLA_FFI_DataType_F8E4M3FN, 1},
+                                                         {XLA_FFI_DataType_C64, 8},
+                                                         {XLA_FFI_DataType_U32, 4}};
+  for (const Target* const each : kTargets) {
+    const Target& target = *each;
+    const size_t map = &target == &kScatter ? 3 : 0;
     for (size_t i = 0; i < target.names.size(); ++i) {
       const Array is = make(target.names[i], right, kF32, kS32);
       const auto expect_error_with = [&](XLA_FFI_DataType type, int64_t item_size,
@@ -508,12 +519,17 @@ void check_wrong_calls() {
       }
     }
     for (const Sizes& s : huge) expect_error(target, s, kF32, kS32, target.names[map]);
-    if (target.handler != jax_roipool_cpu_max) {
+    if (&target != &kMax) {
       expect_error(target, {1, 1, 128, 256, 1, 1, 1, 1}, kF32, kS16, "argmax");
     }
-    for (const Dtype& integer : kIntegers) {
-      if (target.handler != jax_roipool_cpu_scatter) break;
-      expect_error(target, right, integer, kS32, "cotangent");
+    if (&target == &kScatter) {
+      for (const Dtype& integer : kIntegers) {
+        expect_error(target, right, integer, kS32, "cotangent");
+      }
+      for (const Dtype& narrow : {kBf16, kF16}) {
+        Array features = make("features", right, narrow, kS32);
+        expect_error(target, right, narrow, kS32, "gradient", map, std::move(features));
+      }
     }
   }
 }
