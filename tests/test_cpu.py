@@ -34,16 +34,16 @@ def test_channels_that_do_not_fill_a_vector(channels, dtype):
         assert_same(actual, expected)
 
 
-# Bins of so many cells are pooled from tiles of 2x2, 4x4 and 8x8 cells, made once for all RoIs.
+# So many bins of so many cells are pooled from tiles of 2x2, 4x4 and 8x8 cells, made once for all.
 # With few values there are ties in every bin, which the tiles do not meet in row-major order.
 
 
-def large_bins(images=2, count=40):
+def large_bins(images=2, count=100):
     rng = np.random.default_rng(0)
     features = rng.integers(0, 3, (images, 53, 45, 3)).astype(np.float32)
     features[rng.random(features.shape) < 0.001] = np.nan
-    start = rng.uniform(-9, 20, (count, 2))
-    stop = start + rng.uniform(20, 70, (count, 2))
+    start = rng.uniform(-9, 9, (count, 2))
+    stop = start + rng.uniform(40, 70, (count, 2))
     index = rng.integers(-1, images + 1, (count, 1))
     return features, np.concatenate([index, start, stop], axis=1).astype(np.float32)
 

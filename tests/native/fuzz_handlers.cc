@@ -185,8 +185,8 @@ Sizes random_sizes(Random& random, uint64_t number) {
     s = {1, s.n, random.in(1, 40), random.in(1, 40), random.in(1, 9), s.K, s.P, s.Q};
   }
   if (random.one_in(4)) {  // and each cell in many bins
-    s = {1, random.in(1, 2), random.in(8, 24), random.in(8, 24), random.in(1, 33), 0, 0, 0};
-    s.K = random.in(24, 39);
+    s = {1, 1 + random.one_in(3), random.in(8, 32), random.in(8, 32), random.in(1, 20), 0, 0, 0};
+    s.K = random.in(32, 48);
     s.P = random.in(1, 2);
     s.Q = random.in(1, 2);
   }
@@ -282,7 +282,7 @@ class Case {
         s_(random_sizes(random_, number)),
         empty_is_lowest_(random_.below(2)),
         flush_(random_.below(4) > 0),
-        allocations_(random_.one_in(4) ? random_.below(3) : INT64_MAX) {
+        allocations_(random_.one_in(3) ? random_.in(0, 3) : INT64_MAX) {
     for (const char* name : {"features", "image_index", "row_start", "row_end", "col_start",
                              "col_end", "cotangent", "argmax"}) {
       inputs_.emplace(name, make(name, s_, dtype_, argmax_dtype_));
