@@ -7,6 +7,8 @@ operator and all its derivatives:
 - `gather_at_argmax`: its tangent, linear in the features,
 - `scatter_at_argmax`: the transpose of the gather, and so the gradient.
 
+The last two are given the rectangles as well, which say where an argmax can be.
+
 Features are `[G, n, H, W, C]` throughout: G groups of n images. `vmap` adds to G, or, where only
 the rectangles are mapped, to their number K, so that no feature map is copied.
 """
@@ -66,14 +68,16 @@ def _rectangle_max_fwd(features, rectangles, options):
     argmax_dtype = jnp.int32 if options.with_argmax else _residual_dtype(features)
     pooled, argmax = _bind_max(features, rectangles, options, argmax_dtype)
     results = (pooled, argmax) if options.with_argmax else (pooled,)
-    return results, (argmax, rectangles.image_index)
+    return results, (argmax, rectangles)
 
 
 def _rectangle_max_bwd(options, residuals, cotangents):
     """The gradient of a bin goes whole to its argmax."""
+    argmax, rectangles = residuals
     gradient = scatter_at_argmax_p.bind(
         cotangents[0],
-        *residuals,
+        argmax,
+        *rectangles,
         map_shape=options.map_shape,
         implementation=options.implementation,
     )
@@ -116,21 +120,26 @@ scatter_at_argmax_p = Primitive("scatter_at_argmax")
 def _rectangle_max_stand_in(
     features, image_index, row_start, row_end, col_start, col_end, *, argmax_dtype
 ):
-    row, col = row_start + row_end, col_start + col_end
-    cell = row[:, :, :, None] + col[:, :, None, :] + image_index[:, :, None, None]
-    pooled = _sum_of_maps(features) + cell[..., None].astype(features.dtype)
+    bins = _sum_of_edges(image_index, row_start, row_end, col_start, col_end)
+    pooled = _sum_of_maps(features) + bins.astype(features.dtype)
     return [pooled, pooled.astype(argmax_dtype)] if argmax_dtype else [pooled]
 
 
-def _gather_at_argmax_stand_in(features, argmax, image_index):
-    cell = argmax + image_index[:, :, None, None, None]
+def _gather_at_argmax_stand_in(features, argmax, *rectangles):
+    cell = argmax + _sum_of_edges(*rectangles)
     return _sum_of_maps(features) + cell.astype(features.dtype)
 
 
-def _scatter_at_argmax_stand_in(cotangent, argmax, image_index, *, map_shape):
-    cell = argmax + image_index[:, :, None, None, None]
+def _scatter_at_argmax_stand_in(cotangent, argmax, *rectangles, map_shape):
+    cell = argmax + _sum_of_edges(*rectangles)
     shape = (cotangent.shape[0], *map_shape, cotangent.shape[-1])
     return jnp.broadcast_to(_sum_of_maps(cotangent + cell.astype(cotangent.dtype)), shape)
+
+
+def _sum_of_edges(image_index, row_start, row_end, col_start, col_end):
+    row, col = row_start + row_end, col_start + col_end
+    bins = row[:, :, :, None] + col[:, :, None, :] + image_index[:, :, None, None]
+    return bins[..., None]
 
 
 def _sum_of_maps(x):
@@ -156,12 +165,12 @@ def _rectangle_max_jvp(primals, tangents, *, argmax_dtype, empty_value, implemen
         empty_value=empty_value,
         implementation=implementation,
     )
-    tangent, image_index = tangents[0], primals[1]
+    tangent, rectangles = tangents[0], primals[1:]
     if isinstance(tangent, ad.Zero):
         pooled_dot = _zero_tangent(pooled)
     else:
         pooled_dot = gather_at_argmax_p.bind(
-            tangent, argmax, image_index, implementation=implementation
+            tangent, argmax, *rectangles, implementation=implementation
         )
     if argmax_dtype is None:
         return [pooled], [pooled_dot]
@@ -172,33 +181,36 @@ def _zero_tangent(primal):
     return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
-def _gather_at_argmax_transpose(cotangent, features, argmax, image_index, *, implementation):
+def _gather_at_argmax_transpose(cotangent, features, argmax, *rectangles, implementation):
+    not_linear = [None] * (1 + len(rectangles))
     if isinstance(cotangent, ad.Zero):
-        return ad.Zero(features.aval), None, None
+        return ad.Zero(features.aval), *not_linear
     gradient = scatter_at_argmax_p.bind(
         cotangent,
         argmax,
-        image_index,
+        *rectangles,
         map_shape=features.aval.shape[1:4],
         implementation=implementation,
     )
-    return gradient, None, None
+    return gradient, *not_linear
 
 
 def _scatter_at_argmax_transpose(
-    gradient, cotangent, argmax, image_index, *, map_shape, implementation
+    gradient, cotangent, argmax, *rectangles, map_shape, implementation
 ):
+    not_linear = [None] * (1 + len(rectangles))
     if isinstance(gradient, ad.Zero):
-        return ad.Zero(cotangent.aval), None, None
-    gathered = gather_at_argmax_p.bind(gradient, argmax, image_index, implementation=implementation)
-    return gathered, None, None
+        return ad.Zero(cotangent.aval), *not_linear
+    gathered = gather_at_argmax_p.bind(gradient, argmax, *rectangles, implementation=implementation)
+    return gathered, *not_linear
 
 
 def _jvp_linear_in_first(primitive: Primitive) -> None:
     def rule(tangent, *primals, **params):
         return primitive.bind(tangent, *primals[1:], **params)
 
-    ad.defjvp(primitive, rule, None, None)
+    not_linear = [None] * (1 + len(Rectangles._fields))
+    ad.defjvp(primitive, rule, *not_linear)
 
 
 # Batching. Every operand starts with G; those after the features go on with K.
@@ -266,7 +278,7 @@ def _lower(
     **params,
 ):
     """Lowers for one platform, or, if it is None, for all that have no backend of their own."""
-    others = [p for p in ctx.module_context.platforms if p not in _backends.PLATFORMS]
+    others = [p for p in ctx.module_context.platforms if p not in _backends.BEST_FIRST]
     platforms = others if platform is None else [platform]
     partitioned = _is_partitioned(ctx.module_context.axis_context)
     backend = _backends.select(implementation, platforms, partitioned)
@@ -289,7 +301,7 @@ def _register(primitive: Primitive, stand_in: Callable, batching_rule: Callable)
     primitive.def_abstract_eval(_types(stand_in, primitive.multiple_results))
     primitive.def_impl(_compiled(primitive))
     batching.primitive_batchers[primitive] = functools.partial(batching_rule, primitive)
-    for platform in (None, *_backends.PLATFORMS):
+    for platform in (None, *_backends.BEST_FIRST):
         mlir.register_lowering(
             primitive, functools.partial(_lower, primitive, platform), platform=platform
         )

@@ -1,11 +1,20 @@
+import os
+
+# Before JAX starts: with libtpu installed it would look for a TPU, at length and aloud.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import hypothesis
 import jax
 import pytest
 
+import interpreted_tpu
 from jax_roipool import _backends
 
 # A new backend is put under the whole suite by adding its name here.
-IMPLEMENTATIONS = ("cpu", "xla")
+COMPILED_HERE = ("cpu", "xla", "dense")
+IMPLEMENTATIONS = (*COMPILED_HERE, interpreted_tpu.NAME)
+
+interpreted_tpu.install()
 
 # The same examples on every run, and no deadline: the first example of a shape compiles.
 hypothesis.settings.register_profile(
@@ -24,6 +33,13 @@ def skip_unless_it_can_be_used(implementation):
 # Session scope: hypothesis refuses fixtures that do not outlive one example.
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS)
 def implementation(request):
+    skip_unless_it_can_be_used(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="session", params=COMPILED_HERE)
+def compiled_implementation(request):
+    """For tests of the compiled program, and of sizes that the interpreter takes hours for."""
     skip_unless_it_can_be_used(request.param)
     return request.param
 

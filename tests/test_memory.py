@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jax_roipool
+from jax_roipool._backends import dense
 
 HEIGHT, WIDTH, CHANNELS = 40, 48, 32
 MAP_BYTES = 4 * HEIGHT * WIDTH * CHANNELS
@@ -21,10 +22,12 @@ PER_ROI = 16 * BIN_BYTES
 assert PER_ROI * 7 < MAP_BYTES
 
 
-@pytest.fixture(scope="module")
-def pool(implementation):
+@pytest.fixture
+def pool(compiled_implementation, monkeypatch):
+    monkeypatch.setattr(dense, "CHUNK_BYTES", 1 << 20)  # by default more than all of these maps
+    jax.clear_caches()
     return functools.partial(
-        jax_roipool.roi_pool, output_size=OUTPUT_SIZE, implementation=implementation
+        jax_roipool.roi_pool, output_size=OUTPUT_SIZE, implementation=compiled_implementation
     )
 
 

@@ -1,4 +1,4 @@
-"""Implementations of the rectangle max, best first, and the choice among them.
+"""Implementations of the rectangle max, and the choice among them.
 
 A backend is three functions, one for each primitive of `_rectangle_max.py`. They take arrays and
 return arrays (`rectangle_max` a list of one or two), and all backends return the same values:
@@ -9,9 +9,10 @@ return arrays (`rectangle_max` a list of one or two), and all backends return th
   row-major order is the argmax. A rectangle without cells gives `empty_value` (for -inf in
   integers, the smallest) and argmax -1. An image index outside `[0, n)` gives 0 and argmax -1,
   whatever the rectangle.
-- `gather_at_argmax(features, argmax, image_index)`: the features there, 0 where argmax is -1.
-- `scatter_at_argmax(cotangent, argmax, image_index, *, map_shape)`: the sum over all that go to a
-  cell, in float32 at least, in an order that does not change from run to run.
+- `gather_at_argmax(features, argmax, *rectangles)`: the features there, 0 where argmax is -1.
+- `scatter_at_argmax(cotangent, argmax, *rectangles, map_shape)`: the sum over all that go to a
+  cell, in float32 at least, in an order that does not change from run to run. An argmax is -1 or
+  a cell of its own rectangle.
 
 Any axis but H and W can be of size 0.
 """
@@ -23,7 +24,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jax_roipool._backends import cpu, xla
+from jax_roipool._backends import cpu, dense, tpu, xla
 
 
 class Backend(NamedTuple):
@@ -38,29 +39,21 @@ class Backend(NamedTuple):
     scatter_at_argmax: Callable
 
 
+def _backend(module, platforms, what_keeps_it_from_use, partitions) -> Backend:
+    name = module.__name__.rpartition(".")[2]
+    operators = (module.rectangle_max, module.gather_at_argmax, module.scatter_at_argmax)
+    return Backend(name, platforms, what_keeps_it_from_use, partitions, *operators)
+
+
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "cpu",
-        frozenset({"cpu"}),
-        cpu.what_keeps_it_from_use,
-        False,
-        cpu.rectangle_max,
-        cpu.gather_at_argmax,
-        cpu.scatter_at_argmax,
-    ),
-    Backend(
-        "xla",
-        None,
-        lambda: None,
-        True,
-        xla.rectangle_max,
-        xla.gather_at_argmax,
-        xla.scatter_at_argmax,
-    ),
+    _backend(cpu, frozenset({"cpu"}), cpu.what_keeps_it_from_use, partitions=False),
+    _backend(tpu, frozenset({"tpu"}), tpu.what_keeps_it_from_use, partitions=False),
+    _backend(dense, None, lambda: None, partitions=True),
+    _backend(xla, None, lambda: None, partitions=True),
 )
 
-PLATFORMS = frozenset().union(*(backend.platforms or () for backend in BACKENDS))
-"""The platforms with a backend of their own."""
+BEST_FIRST = {"cpu": ("cpu", "xla"), "tpu": ("tpu", "dense")}
+"""What implementation=None takes, by platform; on any other it is `"xla"`."""
 
 
 def check_name(implementation: str | None) -> None:
@@ -72,10 +65,11 @@ def check_name(implementation: str | None) -> None:
 def select(implementation: str | None, platforms: Sequence[str], partitioned: bool) -> Backend:
     """The backend of that name, or the best for these platforms.
 
-    `partitioned` says that XLA will split the program over devices by itself.
+    `platforms` is one, or all of a program that are not in `BEST_FIRST`. `partitioned` says that
+    XLA will split the program over devices by itself.
     """
     if implementation is not None:
-        backend = next(backend for backend in BACKENDS if backend.name == implementation)
+        backend = _named(implementation)
         problem = problem_with(backend, platforms)
         if problem is not None:
             raise ValueError(
@@ -83,26 +77,26 @@ def select(implementation: str | None, platforms: Sequence[str], partitioned: bo
                 f"{problem}; there are {_listing()}"
             )
         return backend
-    for backend in BACKENDS:
+    *better, last = BEST_FIRST.get(platforms[0], ("xla",))
+    for backend in map(_named, better):
         if partitioned and not backend.partitions:
             continue
         problem = problem_with(backend, platforms)
         if problem is None:
             return backend
-        if _is_for(backend, platforms):
-            _say_once(f"implementation {backend.name!r} cannot be used: {problem}")
-    raise AssertionError("the last backend runs everywhere")
+        _say_once(f"implementation {backend.name!r} cannot be used: {problem}")
+    return _named(last)
 
 
 def problem_with(backend: Backend, platforms: Sequence[str]) -> str | None:
     """What keeps a backend from being used on these platforms."""
-    if not _is_for(backend, platforms):
+    if backend.platforms is not None and not backend.platforms.issuperset(platforms):
         return "it is for other platforms"
     return backend.what_keeps_it_from_use()
 
 
-def _is_for(backend: Backend, platforms: Sequence[str]) -> bool:
-    return backend.platforms is None or backend.platforms.issuperset(platforms)
+def _named(name: str) -> Backend:
+    return next(backend for backend in BACKENDS if backend.name == name)
 
 
 @functools.cache

@@ -1,9 +1,8 @@
 """The portable backend: bin masks, `jax.ops.segment_max`, and indexing at the argmax.
 
-Features are compared as integers of the same order, where NaN is the largest, so that every
-platform's integer maximum gives the same bits. The maximum over a rectangle is separable: first
-over columns, keeping the smallest column, then over rows, keeping the smallest row, which is the
-first maximum in row-major order.
+Features are compared as integers of the same order (`keys.py`). The maximum over a rectangle is
+separable: first over columns, keeping the smallest column, then over rows, keeping the smallest
+row, which is the first maximum in row-major order.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from jax_roipool._backends.keys import from_key, to_key
 
 CHUNK_BYTES = 1 << 22
 """RoIs are pooled so many at a time that a copy of their feature maps takes about this much.
@@ -25,26 +25,41 @@ INDEX_LIMIT = 2**31
 """What an int32 index cannot reach."""
 
 
-def rectangle_max(
-    features, image_index, row_start, row_end, col_start, col_end, *, argmax_dtype, empty_value
-):
+def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
     """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
-    groups, images, height, width, channels = features.shape
-    rois, bin_rows, bin_cols = *row_start.shape[1:], col_start.shape[2]
-    if 0 in features.shape or rois == 0:
-        shape = (groups, rois, bin_rows, bin_cols, channels)
+    bytes_per_roi = features[:, :1].nbytes
+    return pool_in_chunks(
+        _pool_roi,
+        features,
+        rectangles,
+        max(1, CHUNK_BYTES // max(1, bytes_per_roi)),
+        argmax_dtype=argmax_dtype,
+        empty_value=empty_value,
+    )
+
+
+def pool_in_chunks(pool_roi, features, rectangles, chunk, *, argmax_dtype, empty_value):
+    """`rectangle_max` of a portable backend, by what it does for one RoI.
+
+    `pool_roi(keys, *rectangle)` gives maxima and argmaxes `[P, Q, C]` of one RoI in keys
+    `[n, W, H, C]`. What it gives for a rectangle without cells, or an image that is not there,
+    means nothing.
+    """
+    image_index, row_start, row_end, col_start, col_end = rectangles
+    images, channels = features.shape[1], features.shape[4]
+    shape = (*row_start.shape, col_start.shape[2], channels)
+    if 0 in features.shape or 0 in shape:
         pooled = jnp.zeros(shape, features.dtype)
         return [pooled, jnp.full(shape, -1, argmax_dtype)] if argmax_dtype else [pooled]
 
-    keys = jnp.moveaxis(_to_key(features), 3, 2)  # columns lead: the first pass runs over them
+    keys = jnp.moveaxis(to_key(features), 3, 2)  # columns lead: the first pass runs over them
     results_wanted = 2 if argmax_dtype else 1  # what is not wanted, XLA does not compute
-    bytes_per_roi = groups * height * width * channels * features.dtype.itemsize
-    results = _map_in_chunks(
-        lambda rectangles: jax.vmap(_pool_roi)(keys, *rectangles)[:results_wanted],
-        (image_index, row_start, row_end, col_start, col_end),
-        max(1, CHUNK_BYTES // bytes_per_roi),
+    results = map_in_chunks(
+        lambda rectangles: jax.vmap(pool_roi)(keys, *rectangles)[:results_wanted],
+        rectangles,
+        chunk,
     )
-    pooled = _from_key(results[0], features.dtype)
+    pooled = from_key(results[0], features.dtype)
 
     no_cells = (row_end <= row_start)[..., :, None] | (col_end <= col_start)[..., None, :]
     no_image = (image_index < 0) | (image_index >= images)
@@ -56,7 +71,7 @@ def rectangle_max(
     return [pooled, jnp.where(no_image | no_cells, -1, results[1]).astype(argmax_dtype)]
 
 
-def gather_at_argmax(features, argmax, image_index):
+def gather_at_argmax(features, argmax, image_index, *edges):
     """The features at each argmax, 0 where it is -1: `[G, K, P, Q, C]`."""
     if 0 in features.shape:
         return jnp.zeros(argmax.shape, features.dtype)
@@ -71,7 +86,7 @@ def gather_at_argmax(features, argmax, image_index):
     return jnp.where(argmax < 0, 0, jax.vmap(gather_group)(features, argmax, image_index))
 
 
-def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
+def scatter_at_argmax(cotangent, argmax, image_index, *edges, map_shape):
     """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`.
 
     On a GPU XLA adds in no fixed order, unless `--xla_gpu_deterministic_ops` is among its flags.
@@ -103,9 +118,22 @@ def _channel_of(argmax):
     return lax.broadcasted_iota(jnp.int32, argmax.shape, argmax.ndim - 1)
 
 
-def _map_in_chunks(pool, rectangles, chunk):
-    """`pool`, over RoI after RoI of all groups, in chunks of equal size; `[G, K, ...]` again."""
-    rois = rectangles[0].shape[1]
+def map_in_chunks(function, operands, chunk):
+    """`function`, over RoI after RoI of all groups, a chunk at a time; `[G, K, ...]` again."""
+    rois = operands[0].shape[1]
+    results = lax.map(jax.vmap(function), to_chunks(operands, chunk))
+    return [
+        jnp.moveaxis(x.reshape(-1, *x.shape[2:])[:rois], 0, 1)
+        for x in results
+    ]
+
+
+def to_chunks(operands, chunk):
+    """`[steps, RoIs a step, G, ...]` of each `[G, K, ...]`, in as few and as equal steps as go.
+
+    The last one is filled up with zeros.
+    """
+    rois = operands[0].shape[1]
     steps = math.ceil(rois / chunk)
     chunk = math.ceil(rois / steps)
 
@@ -113,25 +141,22 @@ def _map_in_chunks(pool, rectangles, chunk):
         x = jnp.pad(x, [(0, 0), (0, steps * chunk - rois)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x, 1, 0).reshape(steps, chunk, x.shape[0], *x.shape[2:])
 
-    def from_steps(x):
-        x = x.reshape(steps * chunk, *x.shape[2:])[:rois]
-        return jnp.moveaxis(x, 0, 1)
-
-    results = lax.map(jax.vmap(pool), tuple(map(to_steps, rectangles)))
-    return [from_steps(result) for result in results]
+    return tuple(map(to_steps, operands))
 
 
 def _pool_roi(keys, image_index, row_start, row_end, col_start, col_end):
-    """Maxima and argmaxes, `[P, Q, C]`, of one RoI in `keys` `[n, W, H, C]`.
-
-    What it gives for a rectangle without cells, or an image that is not there, means nothing.
-    """
-    images, width = keys.shape[:2]
-    image = keys[0] if images == 1 else keys[jnp.clip(image_index, 0, images - 1)]
+    width = keys.shape[1]
+    image = image_of(keys, image_index)
     over_cols, cols = _max_over_bins(image, col_start, col_end)
     over_rows, rows = _max_over_bins(jnp.swapaxes(over_cols, 0, 1), row_start, row_end)
     cols = jnp.take_along_axis(jnp.swapaxes(cols, 0, 1), rows, axis=0, mode="clip")
     return over_rows, rows * width + cols
+
+
+def image_of(keys, image_index):
+    """The image of one RoI, or any if it has none."""
+    images = keys.shape[0]
+    return keys[0] if images == 1 else keys[jnp.clip(image_index, 0, images - 1)]
 
 
 def _max_over_bins(keys, start, end):
@@ -159,34 +184,6 @@ def _max_over_bins(keys, start, end):
         jnp.where(last_key == maximum, last, size),
     )
     return maximum, first
-
-
-def _to_key(features):
-    """Integers in the order of the features: NaN largest, zeros equal.
-
-    Not one float is compared: a platform may take a subnormal for zero.
-    """
-    dtype = features.dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return features
-    integer = _integer_like(dtype)
-    largest = jnp.iinfo(integer).max
-    bits = lax.bitcast_convert_type(features, integer)
-    magnitude = bits & largest
-    infinity = np.array(np.inf, dtype).view(integer)
-    keys = jnp.where(bits < 0, -magnitude, magnitude)
-    return jnp.where(magnitude > infinity, largest, keys)
-
-
-def _from_key(keys, dtype):
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return keys
-    sign = jnp.iinfo(keys.dtype).min
-    return lax.bitcast_convert_type(jnp.where(keys < 0, -keys | sign, keys), dtype)
-
-
-def _integer_like(dtype):
-    return {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[dtype.itemsize]
 
 
 def _lowest(dtype):

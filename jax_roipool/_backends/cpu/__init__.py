@@ -104,13 +104,13 @@ def rectangle_max(
     return call(features, *rectangles, empty_is_lowest=empty_value < 0)
 
 
-def gather_at_argmax(features, argmax, image_index):
+def gather_at_argmax(features, argmax, image_index, *edges):
     """The features at each argmax, 0 where it is -1: `[G, K, P, Q, C]`."""
     result = jax.ShapeDtypeStruct(argmax.shape, features.dtype)
     return jax.ffi.ffi_call("jax_roipool_cpu_gather", result)(features, argmax, image_index)
 
 
-def scatter_at_argmax(cotangent, argmax, image_index, *, map_shape):
+def scatter_at_argmax(cotangent, argmax, image_index, *edges, map_shape):
     """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`."""
     shape = (cotangent.shape[0], *map_shape, cotangent.shape[4])
     sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32

@@ -1,0 +1,133 @@
+"""A portable backend without scatter: cells and bins are compared, each with each, axis by axis.
+
+That is more work than `xla.py` does, but a scatter is a sequential loop on a TPU, and a comparison
+can be split over devices along every axis.
+
+A column of a row of bins holds at most one argmax per channel, as the first maximum of that column
+is the same cell for all bins of the row that share it. So the gradient, too, goes axis by axis:
+along the columns to where the argmaxes are, then along the rows.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_roipool._backends.xla import image_of, map_in_chunks, pool_in_chunks, to_chunks
+
+CHUNK_BYTES = 1 << 26
+"""RoIs are taken so many at a time that what is left of their maps takes about this much."""
+
+
+def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
+    """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
+    groups, images, height, width, channels = features.shape
+    columns = rectangles[3].shape[2] + (width if images > 1 else 0)  # or its own image, a copy
+    return pool_in_chunks(
+        _pool_roi,
+        features,
+        rectangles,
+        _rois_at_a_time(groups * height * columns * channels),
+        argmax_dtype=argmax_dtype,
+        empty_value=empty_value,
+    )
+
+
+def gather_at_argmax(features, argmax, image_index, *edges):
+    """The features at each argmax, 0 where it is -1: `[G, K, P, Q, C]`."""
+    if 0 in features.shape or argmax.size == 0:
+        return jnp.zeros(argmax.shape, features.dtype)
+    groups, images, height, width, channels = features.shape
+    rows = features.reshape(groups, images * height, width, channels)
+
+    def gather_roi(rows, argmax, image_index):
+        in_column, row_at = _columns(argmax, image_index, (images, height, width))
+        row = jnp.arange(images * height)[:, None, None, None]
+        at_row = jnp.where(row_at[None] == row, rows[:, None], 0).sum(axis=0)  # [P, W, C]
+        return jnp.where(in_column, at_row[:, :, None], 0).sum(axis=1)
+
+    (gathered,) = map_in_chunks(
+        lambda operands: (jax.vmap(gather_roi)(rows, *operands),),
+        (argmax, image_index),
+        _rois_at_a_time(argmax.shape[2] * width * channels * groups),
+    )
+    return gathered.astype(features.dtype)
+
+
+def scatter_at_argmax(cotangent, argmax, image_index, *edges, map_shape):
+    """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`."""
+    groups, _, bin_rows, _, channels = cotangent.shape
+    images, height, width = map_shape
+    shape = (groups, *map_shape, channels)
+    if 0 in shape or cotangent.size == 0:
+        return jnp.zeros(shape, cotangent.dtype)
+    sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32
+
+    def to_columns(cotangent, argmax, image_index):
+        in_column, row_at = _columns(argmax, image_index, map_shape)
+        cotangent = jnp.where(in_column, cotangent[:, None].astype(sum_dtype), 0)
+        return cotangent.sum(axis=2), row_at  # [P, W, C]
+
+    def add_chunk(sums, operands):
+        columns, row_at = jax.vmap(jax.vmap(to_columns))(*operands)  # [RoIs, G, P, W, C]
+        row = jnp.arange(images * height)[:, None, None, None, None, None]
+        sums += jnp.where(row_at[None] == row, columns[None], 0).sum(axis=(1, 3))
+        return sums, None
+
+    chunks = to_chunks(
+        (cotangent, argmax, image_index), _rois_at_a_time(groups * bin_rows * width * channels)
+    )
+    sums = jnp.zeros((images * height, groups, width, channels), sum_dtype)
+    sums, _ = lax.scan(add_chunk, sums, chunks)
+    return jnp.moveaxis(sums, 1, 0).reshape(shape).astype(cotangent.dtype)
+
+
+def _rois_at_a_time(elements_per_roi: int) -> int:
+    return max(1, CHUNK_BYTES // max(1, 8 * elements_per_roi))  # a value and an index
+
+
+def _pool_roi(keys, image_index, row_start, row_end, col_start, col_end):
+    """Maxima and argmaxes, `[P, Q, C]`, of one RoI in `keys` `[n, W, H, C]`."""
+    image = image_of(keys, image_index)
+    width = image.shape[0]
+    col = lax.broadcasted_iota(jnp.int32, image.shape, 0)
+    over_cols, col = _max_over_bins((image, col), col_start, col_end)  # [Q, H, C]
+    over_cols, col = (jnp.swapaxes(x, 0, 1) for x in (over_cols, col))
+    cell = col + width * lax.broadcasted_iota(jnp.int32, col.shape, 0)
+    return _max_over_bins((over_cols, cell), row_start, row_end)
+
+
+def _max_over_bins(keys_and_index, start, end):
+    """Maximum of keys over the bins of the first axis, and the smallest index that has it."""
+    size = keys_and_index[0].shape[0]
+    cell = jnp.arange(size, dtype=jnp.int32)
+    inside = (start[:, None] <= cell[None]) & (cell[None] < end[:, None])
+    inside = inside.reshape(*inside.shape, *[1] * (keys_and_index[0].ndim - 1))
+    nothing = [jnp.iinfo(keys_and_index[0].dtype).min, np.iinfo(np.int32).max]
+    masked = [
+        jnp.where(inside, x[None], jnp.array(none, x.dtype))
+        for x, none in zip(keys_and_index, nothing, strict=True)
+    ]
+    initial = [np.array(none, x.dtype) for x, none in zip(keys_and_index, nothing, strict=True)]
+    return lax.reduce(tuple(masked), tuple(initial), _first_maximum, dimensions=(1,))
+
+
+def _first_maximum(one, other):
+    (key, index), (other_key, other_index) = one, other
+    other_wins = (other_key > key) | ((other_key == key) & (other_index < index))
+    return lax.select(other_wins, other_key, key), lax.select(other_wins, other_index, index)
+
+
+def _columns(argmax, image_index, map_shape):
+    """Whether a bin's argmax is in a column, and the row, of all images', that it has there.
+
+    Of one RoI: `[P, W, Q, C]`, and `[P, W, C]`, -1 where no argmax is.
+    """
+    _, height, width = map_shape
+    argmax = argmax.astype(jnp.int32)
+    row = jnp.where(argmax < 0, -1, argmax // width + image_index * height)[:, None]
+    col = jnp.where(argmax < 0, -1, argmax % width)[:, None]
+    in_column = col == jnp.arange(width, dtype=jnp.int32)[None, :, None, None]
+    return in_column, jnp.where(in_column, row, -1).max(axis=2)

@@ -1,0 +1,77 @@
+"""The TPU kernels on the CPU, by the TPU interpreter, as an implementation of their own.
+
+It raises on a read out of bounds, fills uninitialised memory with NaN, and looks for races between
+copies and the kernel.
+"""
+
+import functools
+import importlib
+
+import jax
+import numpy as np
+
+from jax_roipool import _backends
+from jax_roipool._backends import tpu
+
+NAME = "tpu-interpreted"
+
+
+def install():
+    """Adds the implementation, last in the list, so that None does not choose it."""
+    (kernels,) = (b for b in _backends.BACKENDS if b.name == "tpu")
+    interpreted = kernels._replace(
+        name=NAME,
+        platforms=frozenset({"cpu"}),
+        rectangle_max=_called_back(tpu.rectangle_max),
+        scatter_at_argmax=_called_back(tpu.scatter_at_argmax),
+    )
+    _backends.BACKENDS = (*_backends.BACKENDS, interpreted)
+
+
+def _called_back(function):
+    """The interpreter has ordered effects, which a primitive's lowering cannot: a process within.
+
+    What it runs is a program of its own, called back from the one under test.
+    """
+
+    def call(*operands, **params):
+        interpreted = functools.partial(function, interpret=_parameters(), **params)
+        results = jax.eval_shape(interpreted, *operands)
+        program = _program(function, tuple(sorted(params.items())))
+        return jax.pure_callback(program, results, *operands)
+
+    return call
+
+
+@functools.cache
+def _program(function, params):
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(*operands):
+        return function(*operands, interpret=_parameters(), **dict(params))
+
+    def program(*operands):
+        try:
+            results = jax.tree.map(np.asarray, run(*operands))
+        except Exception:
+            _tpu().reset_tpu_interpret_mode_state()  # else the next kernel would not start
+            raise
+        assert not _interpreter().races.races_found, "the TPU interpreter found a race"
+        return results
+
+    return program
+
+
+@functools.cache
+def _parameters():
+    return _tpu().InterpretParams(
+        out_of_bounds_reads="raise", uninitialized_memory="nan", detect_races=True
+    )
+
+
+def _tpu():
+    return importlib.import_module("jax.experimental.pallas.tpu")
+
+
+def _interpreter():
+    # JAX shows what the detector has found only here.
+    return importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
