@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import jax
 from jax import lax
 
@@ -18,6 +20,21 @@ def vary_with(x: jax.Array, other: jax.Array) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, axes, to="varying")
     return lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]  # before JAX 0.8
+
+
+def result_of(
+    operands: Iterable[jax.Array], shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, varying over every mesh axis that an operand varies over."""
+    axes = frozenset().union(*map(_varying, operands))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    some_type = next(jax.typeof(x) for x in operands)
+    if hasattr(some_type, "mat"):
+        manual = type(some_type.mat)(varying=axes)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
+    # pyright: ignore[reportCallIssue]  # before JAX 0.10
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
 
 
 def _varying(x: jax.Array) -> frozenset:

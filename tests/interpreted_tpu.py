@@ -55,7 +55,8 @@ def _program(function, params):
         except Exception:
             _tpu().reset_tpu_interpret_mode_state()  # else the next kernel would not start
             raise
-        assert not _interpreter().races.races_found, "the TPU interpreter found a race"
+        races = _interpreter().races  # None before the first kernel
+        assert races is None or not races.races_found, "the TPU interpreter found a race"
         return results
 
     return program

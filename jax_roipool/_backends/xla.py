@@ -122,24 +122,25 @@ def map_in_chunks(function, operands, chunk):
     """`function`, over RoI after RoI of all groups, a chunk at a time; `[G, K, ...]` again."""
     rois = operands[0].shape[1]
     results = lax.map(jax.vmap(function), to_chunks(operands, chunk))
-    return [
-        jnp.moveaxis(x.reshape(-1, *x.shape[2:])[:rois], 0, 1)
-        for x in results
-    ]
+    results = [jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:rois] for x in results]
+    return [jnp.moveaxis(x, 0, 1) for x in results]
 
 
 def to_chunks(operands, chunk):
-    """`[steps, RoIs a step, G, ...]` of each `[G, K, ...]`, in as few and as equal steps as go.
+    """`[steps, RoIs a step, G, ...]` of each `[G, K, ...]`, filled up with zeros at the end.
 
-    The last one is filled up with zeros.
+    Neighbours go to different steps, so that RoIs which are spread over devices stay there.
     """
     rois = operands[0].shape[1]
     steps = math.ceil(rois / chunk)
+    # Better a few steps more than RoIs that are not there.
+    steps = next((s for s in range(steps, 2 * steps) if rois % s == 0), steps)
     chunk = math.ceil(rois / steps)
 
     def to_steps(x):
         x = jnp.pad(x, [(0, 0), (0, steps * chunk - rois)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x, 1, 0).reshape(steps, chunk, x.shape[0], *x.shape[2:])
+        x = jnp.moveaxis(x, 1, 0).reshape(chunk, steps, x.shape[0], *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1)
 
     return tuple(map(to_steps, operands))
 

@@ -1,17 +1,18 @@
 """The TPU kernel for `rectangle_max`.
 
-A strip of the map is in VMEM as keys (`keys.py`). For each RoI on its list, and for eight rows of
+A strip of the map is in VMEM as keys (`keys.py`). For each RoI of a pack, and for eight rows of
 bins at a time, the maxima go
 
 1. over the rows of a bin, for all columns of the RoI, eight columns to a vector; each vector is
-   stored so that bin rows come to lie where the columns lay;
-2. over the columns of a bin, for eight rows of bins at once.
+   stored so that rows of bins come to lie where the columns lay;
+2. over the columns of a bin, for eight rows of bins at once; each vector is stored so that the RoIs
+   of the pack come to lie where the rows of bins lay.
 
 Beside a maximum goes its cell, the smallest of equals, as it is the first in row-major order. A
-RoI that reaches into several strips is pooled in each, and what it had is fetched and merged.
+pack that is on the list of several strips is pooled in each, and what it had is fetched and merged.
 
-What one call moves: every strip once (none without RoIs) and every output once; for each border
-between strips that a RoI crosses, its output twice more.
+What one call moves: every strip once (none without RoIs), every output once, and twice more for
+each further strip that a pack is on the list of.
 """
 
 from __future__ import annotations
@@ -27,11 +28,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_roipool._backends.keys import from_key, to_key
 from jax_roipool._backends.tpu import schedule
-from jax_roipool._backends.tpu.schedule import LANES, SUBLANES, Blocks, round_up
-from jax_roipool._backends.tpu.turns import SLOTS, Record, at_bins, copy, strip_index, take_turns
+from jax_roipool._backends.tpu.schedule import LANES, PACK, SUBLANES, Blocks, round_up
+from jax_roipool._backends.tpu.turns import (
+    SLOTS,
+    Record,
+    Strip,
+    bins_of,
+    divide,
+    for_each,
+    remainder,
+    take_turns,
+)
+from jax_roipool._manual_axes import result_of
 
-LOWEST = np.iinfo(np.int32).min
-"""Below every key: nothing found yet."""
+NOTHING = np.iinfo(np.int32).min
+"""Below every key: no cell found yet. As a float it is -0, which no key becomes."""
+
+NO_CELL = np.iinfo(np.int32).max
 
 
 def blocks(features, bin_rows: int, bin_cols: int) -> Blocks | None:
@@ -39,12 +52,13 @@ def blocks(features, bin_rows: int, bin_cols: int) -> Blocks | None:
     _, _, height, width, channels = features.shape
     itemsize = features.dtype.itemsize
     widest = round_up(width, 4 * SUBLANES) + 4 * SUBLANES
-    bins = round_up(bin_rows, SUBLANES) * round_up(bin_cols, 2 * SUBLANES)
+    over_both = round_up(bin_rows, SUBLANES) * bin_cols * PACK
+    staged = 2 * bin_rows * bin_cols * PACK
     return schedule.blocks(
         height,
-        channels,
+        round_up(channels, LANES),
         bytes_per_row=widest * (itemsize + 4),
-        bytes_besides=4 * (2 * widest * SUBLANES + 2 * bins + 2 * SLOTS * bins),
+        bytes_besides=2 * 4 * (widest * SUBLANES + over_both + staged),
     )
 
 
@@ -52,33 +66,37 @@ def rectangle_max(features, rectangles, blocks, *, argmax_dtype, empty_value, in
     """Maxima, and argmaxes if asked for: `[G, K, P, Q, C]`."""
     groups, images, height, width, channels = features.shape
     rois, bin_rows, bin_cols = *rectangles[1].shape[1:], rectangles[3].shape[2]
-    strips, lanes = blocks.strips, blocks.lanes
+    strips, block = blocks.strips, blocks.channels
     work = schedule.work(rectangles, images, blocks)
+    features = schedule.pad_channels(features.reshape(groups * images, *features.shape[2:]))
 
-    bins = (bin_rows, bin_cols, channels)
-    results = [jax.ShapeDtypeStruct((groups * rois, *bins), features.dtype)]
-    if argmax_dtype:
-        results.append(jax.ShapeDtypeStruct((groups * rois, *bins), argmax_dtype))
-    tiles, lane_blocks = pl.cdiv(bin_rows, SUBLANES), lanes // LANES
-    over_rows = (lane_blocks, blocks.padded(width) * SUBLANES, LANES)
-    over_both = (tiles, lane_blocks, bin_cols * SUBLANES, LANES)
+    shape = (groups, rois, bin_rows, bin_cols, channels)
+    dtypes = [features.dtype, argmax_dtype] if argmax_dtype else [features.dtype]
+    results = [
+        result_of((features, *rectangles), schedule.packs_shape(shape), dtype) for dtype in dtypes
+    ]
+    over_rows = (block // LANES, blocks.padded(width) * SUBLANES, LANES)
+    over_both = (block // LANES, round_up(bin_rows, SUBLANES) * bin_cols * PACK, LANES)
+    bins = (bin_rows * bin_cols, PACK, block)
     scratch = [
         pltpu.SMEM((SLOTS, *work.records.shape[1:]), jnp.int32),
         pltpu.SemaphoreType.DMA((SLOTS,)),
-        pltpu.VMEM((blocks.rows, blocks.padded(width), lanes), jnp.int32),
+        pltpu.VMEM((blocks.rows, blocks.padded(width), block), jnp.int32),
     ]
     for result in results:
-        scratch += [pltpu.VMEM(shape, jnp.int32) for shape in (over_rows, over_both)]
-        scratch.append(pltpu.VMEM((SLOTS, bin_rows, bin_cols, blocks.channels), result.dtype))
-        scratch.append(pltpu.SemaphoreType.DMA((SLOTS,)))
+        scratch += [
+            pltpu.VMEM(over_rows, jnp.int32),
+            pltpu.VMEM(over_both, jnp.int32),
+            pltpu.VMEM(bins, result.dtype),
+            pltpu.SemaphoreType.DMA(()),
+            pltpu.VMEM(bins, result.dtype),
+            pltpu.SemaphoreType.DMA(()),
+        ]
 
-    def strip_to_fetch(image, block, strip, fetched, *_):
+    def unit_to_fetch(channel_block, image, strip, fetched, *_):
         unit = fetched[image * strips + strip]
-        other, last_block = lax.div(unit, strips), channels // blocks.channels - 1
-        block = jnp.where(other == image, block, last_block)
-        return other, lax.rem(unit, strips), 0, block
+        return divide(unit, strips), remainder(unit, strips), 0, channel_block
 
-    feature_block = (1, blocks.rows, width, blocks.channels)
     any_memory = pl.BlockSpec(memory_space=pl.ANY)
     call = pl.pallas_call(
         functools.partial(
@@ -86,43 +104,45 @@ def rectangle_max(features, rectangles, blocks, *, argmax_dtype, empty_value, in
             images=images,
             strips=strips,
             height=height,
-            rois=rois,
-            empty_value=empty_value,
             bins=(bin_rows, bin_cols),
             columns=blocks.columns,
+            empty_value=empty_value,
         ),
         name="roi_pool",
         out_shape=results,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(groups * images, channels // blocks.channels, strips),
+            grid=(features.shape[3] // block, groups * images, strips),
             in_specs=[
                 pl.BlockSpec(
                     (1, 1, work.entries.shape[2]),
-                    lambda image, *_: (lax.div(image, images), 0, 0),
+                    lambda _, image, *__: (divide(image, images), 0, 0),
                     memory_space=pltpu.SMEM,
                 ),
                 any_memory,
-                pl.BlockSpec(feature_block, strip_to_fetch, pipeline_mode=pl.Buffered(1)),
+                pl.BlockSpec(
+                    (1, blocks.rows, width, block), unit_to_fetch, pipeline_mode=pl.Buffered(1)
+                ),
             ],
             out_specs=[any_memory] * len(results),
             scratch_shapes=scratch,
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=(
+                "parallel",
+                "parallel" if images == 1 else "arbitrary",  # a pack can have RoIs of several
+                "arbitrary",
+            )
         ),
         cost_estimate=pl.CostEstimate(
             flops=groups * rois * height * width * channels,
-            bytes_accessed=features.nbytes
-            + work.records.nbytes
-            + sum(result.size * result.dtype.itemsize for result in results),
+            bytes_accessed=schedule.bytes_of(features, work.records, *results),
             transcendentals=0,
         ),
         interpret=interpret,
     )
-    maps = features.reshape(groups * images, height, width, channels)
-    pooled = call(work.fetched, work.offsets, work.entries, work.records, maps)
-    return [x.reshape(groups, rois, *bins) for x in pooled]
+    pooled = call(work.fetched, work.offsets, work.entries, work.records, features)
+    return [schedule.from_packs(x, shape) for x in pooled]
 
 
 def _kernel(
@@ -135,134 +155,110 @@ def _kernel(
     images,
     strips,
     height,
-    rois,
     bins,
     columns,
     empty_value,
 ):
     del fetched
-    results = refs[: (len(refs) - 3) // 5]
+    results = refs[: (len(refs) - 3) // 7]
     record_buffer, record_arrived, keys, *buffers = refs[len(results) :]
-    # For the maximum, and for its cell if that is wanted: over rows, over columns as well, on the
-    # way to the result, and whether it has gone.
-    over_rows, over_both, staged, sent = (buffers[i::4] for i in range(4))
-    with_cells = len(results) == 2
+    # For the maxima, and for their cells if those are wanted.
+    over_rows, over_both, staged, sent, before, arrived = (buffers[i::6] for i in range(6))
     _, rows, width, channels = features.shape
-    lanes = keys.shape[2]
-
-    group, unit = strip_index(images, strips)
-    units = images * strips
-    first = offsets[group * (units + 1) + unit]
-    end = offsets[group * (units + 1) + unit + 1]
-    top = pl.program_id(2) * rows  # the strip's first row
-
-    def roi_at(entry):
-        return group * rois + entries[0, 0, entry]
+    strip = Strip(offsets, images, strips, rows)
 
     def load_record(entry, slot):
-        source = records.at[roi_at(entry)]
-        return [copy(source, record_buffer.at[slot], record_arrived.at[slot])]
-
-    def copies(entry, slot, to_result):
-        for result, stage, semaphore in zip(results, staged, sent, strict=True):
-            far = at_bins(result, roi_at(entry), channels)
-            near = stage.at[slot]
-            yield copy(near, far, semaphore.at[slot]) if to_result else copy(
-                far, near, semaphore.at[slot]
+        record = strip.group * (results[0].shape[2] // PACK) + entries[0, 0, entry]
+        return [
+            pltpu.make_async_copy(
+                records.at[record], record_buffer.at[slot], record_arrived.at[slot]
             )
+        ]
 
-    def pool(entry, slot):
-        roi = Record(record_buffer.at[slot], *bins)
-        continues = roi.rows(0)[0] < top
+    def sends(entry):
+        for result, stage, semaphore in zip(results, staged, sent, strict=True):
+            there = bins_of(result, strip.group, entries[0, 0, entry], channels)
+            yield pltpu.make_async_copy(stage, there, semaphore)
 
-        @pl.when(entry - first >= SLOTS)
+    def fetches(entry):
+        for result, stage, semaphore in zip(results, before, arrived, strict=True):
+            there = bins_of(result, strip.group, entries[0, 0, entry], channels)
+            yield pltpu.make_async_copy(there, stage, semaphore)
+
+    def pool_pack(entry, slot):
+        record = Record(record_buffer.at[slot], bins)
+        has_been = strip.unit != record.first_unit
+        if images * strips > 1:
+
+            @pl.when(has_been)
+            def _():
+                for fetch in fetches(entry):
+                    fetch.start()
+
+        def clear(i):
+            at = pl.ds(pl.multiple_of(i * PACK, PACK), PACK)
+            for block in range(channels // LANES):
+                over_both[0][block, at, :] = jnp.full((PACK, LANES), NOTHING, jnp.int32)
+
+        for_each(over_both[0].shape[1] // PACK, clear)
+
+        def pool_roi(member):
+            roi = record.roi(member)
+
+            @pl.when(strip.meets(roi))
+            def _():
+                def tile(t):
+                    _max_over_rows(t, roi, strip, keys, over_rows, width, columns)
+                    _max_over_columns(t, roi, member, over_rows, over_both)
+
+                for_each(pl.cdiv(bins[0], SUBLANES), tile)
+
+        for_each(PACK, pool_roi)
+
+        if images * strips > 1:
+
+            @pl.when(has_been)
+            def _():
+                for fetch in fetches(entry):
+                    fetch.wait()
+                for_each(bins[0] * bins[1], functools.partial(_merge, before, over_both))
+
+        @pl.when(entry > strip.first)
         def _():
-            for sending in copies(entry - SLOTS, slot, True):
-                sending.wait()
+            for send in sends(entry - 1):
+                send.wait()
 
-        if strips > 1:
+        empty = _empty_key(record, strip, empty_value)
+        for_each(bins[0] * bins[1], functools.partial(_finish, over_both, empty, staged))
+        for send in sends(entry):
+            send.start()
 
-            @pl.when(continues)
-            def _():
-                for fetching in copies(entry, slot, False):
-                    fetching.start()
-
-        def bin_rows_at(p, _):
-            _max_over_rows(p, roi, keys, over_rows, top, width, columns)
-            _max_over_columns(p, roi, over_rows, over_both)
-            return 0
-
-        lax.fori_loop(0, pl.cdiv(bins[0], SUBLANES), bin_rows_at, 0)
-
-        if strips > 1:
-
-            @pl.when(continues)
-            def _():
-                for fetching in copies(entry, slot, False):
-                    fetching.wait()
-
-        empty = jnp.where(roi.valid, jnp.float32(empty_value), 0.0)
-        lax.fori_loop(0, bins[0], functools.partial(finish, roi, slot, empty), 0)
-        for sending in copies(entry, slot, True):
-            sending.start()
-
-    def finish(roi, slot, empty, p, _):
-        had_rows = roi.rows(p)[0] < top
-        tile, sublane = lax.div(p, SUBLANES), lax.rem(p, SUBLANES)
-        at = pl.ds(sublane, bins[1], stride=SUBLANES)
-        for block in range(lanes // LANES):
-            own = slice(block * LANES, min((block + 1) * LANES, channels))
-            size = own.stop - own.start
-            key, *cell = (ref[tile, block, at, :][:, :size] for ref in over_both)
-            if strips > 1:
-                before = _as_keys(staged[0][slot, p, :, own])
-                before = jnp.where(had_rows, before, LOWEST)
-                wins = before >= key  # among equals the cell further up
-                key = jnp.where(wins, before, key)
-                if with_cells:
-                    cell = [jnp.where(wins, staged[1][slot, p, :, own].astype(jnp.int32), cell[0])]
-            found = key > LOWEST
-            pooled = jnp.where(found, from_key(key, np.dtype(np.float32)), empty)
-            staged[0][slot, p, :, own] = pooled.astype(staged[0].dtype)
-            if with_cells:
-                cell = jnp.where(found, cell[0], -1)
-                staged[1][slot, p, :, own] = cell.astype(staged[1].dtype)
-        return 0
-
-    @pl.when(first < end)
+    @pl.when(strip.first < strip.end)
     def _():
-        def convert(row, _):
-            keys[row, :width, :channels] = _as_keys(features[0, row])
-            return 0
+        def convert(row):
+            keys[row, :width, :] = to_key(features[0, row].astype(jnp.float32))
 
-        lax.fori_loop(0, jnp.minimum(rows, height - top), convert, 0)
-        take_turns(first, end, load_record, pool)
-        for back in (1, 2):
-
-            @pl.when(end - first >= back)
-            def _(entry=end - back):
-                for sending in copies(entry, lax.rem(entry - first, SLOTS), True):
-                    sending.wait()
+        for_each(jnp.minimum(rows, height - strip.top), convert)
+        take_turns(strip, load_record, pool_pack)
+        for send in sends(strip.end - 1):
+            send.wait()
 
 
-def _as_keys(features):
-    return to_key(features.astype(jnp.float32))
+def _max_over_rows(tile, roi, strip, keys, over_rows, width, columns):
+    """Maxima, and cells, over the rows of eight rows of bins: `[lane block, 8 * column + p, 128]`.
 
-
-def _max_over_rows(tile, roi, keys, over_rows, top, width, columns):
-    """Maxima, and cells, over the rows of eight bin rows: `[lane block, 8 * column + p, 128]`."""
-    rows, _, lanes = keys.shape
-    start = lax.div(roi.cols(0)[0], SUBLANES)
-    end = roi.cols(roi.bin_cols - 1)[1]
-    steps = lax.div(end - start * SUBLANES + columns - 1, columns)
-    shape = (columns, lanes)
+    The cell is that of the row in the map.
+    """
+    channels = keys.shape[2]
+    start = divide(roi.cols(0)[0], SUBLANES)
+    end = roi.cols(roi.bins[1] - 1)[1]
+    shape = (columns, channels)
     with_cells = len(over_rows) == 2
 
-    def bin_row(p, _):
-        row_start, row_end = roi.rows(p)
-        row_start, row_end = jnp.maximum(row_start - top, 0), jnp.minimum(row_end - top, rows)
+    def bin_row(p):
+        row_start, row_end = strip.clip(roi.rows(p))
 
-        def some_columns(step, _):
+        def some_columns(step):
             column = pl.multiple_of(start * SUBLANES + step * columns, SUBLANES)
 
             def row(r, best):
@@ -272,54 +268,90 @@ def _max_over_rows(tile, roi, keys, over_rows, top, width, columns):
                 larger = key > best[0]
                 return [jnp.where(larger, key, best[0]), jnp.where(larger, r, best[1])]
 
-            best = [jnp.full(shape, LOWEST, jnp.int32), jnp.zeros(shape, jnp.int32)]
+            best = [jnp.full(shape, NOTHING, jnp.int32), jnp.zeros(shape, jnp.int32)]
             best = lax.fori_loop(row_start, row_end, row, best[: len(over_rows)])
             if with_cells:
-                cell = (best[1] + top) * width + column
+                cell = (best[1] + strip.top) * width + column
                 best[1] = cell + lax.broadcasted_iota(jnp.int32, shape, 0)
+            at = pl.ds(column * SUBLANES + p - tile * SUBLANES, columns, stride=SUBLANES)
             for ref, value in zip(over_rows, best, strict=True):
-                for block in range(lanes // LANES):
-                    position = column * SUBLANES + p - tile * SUBLANES
-                    ref[block, pl.ds(position, columns, stride=SUBLANES), :] = value[
-                        :, block * LANES : (block + 1) * LANES
-                    ]
-            return 0
+                for block, lanes in enumerate(_lane_blocks(channels)):
+                    ref[block, at, :] = value[:, lanes]
 
-        return lax.fori_loop(0, steps, some_columns, 0)
+        for_each(divide(end - start * SUBLANES + columns - 1, columns), some_columns)
 
-    tile_end = jnp.minimum((tile + 1) * SUBLANES, roi.bin_rows)
-    lax.fori_loop(tile * SUBLANES, tile_end, bin_row, 0)
+    for_each(jnp.minimum((tile + 1) * SUBLANES, roi.bins[0]), bin_row, tile * SUBLANES)
 
 
-def _max_over_columns(tile, roi, over_rows, over_both):
-    """Maxima, and cells, over the columns of every bin of eight bin rows: `[tile, lane block, 8 * q + p, 128]`."""
+def _max_over_columns(tile, roi, member, over_rows, over_both):
+    """Maxima, and cells, over the columns of the bins: `[lane block, 8 * bin + member, 128]`."""
     lane_blocks = over_rows[0].shape[0]
-    shape = (SUBLANES, LANES)
+    bin_cols = roi.bins[1]
 
-    def bin_col(q, _):
+    def bin_col(q):
         def column(w, best):
             at = pl.ds(pl.multiple_of(w * SUBLANES, SUBLANES), SUBLANES)
-            keys = [over_rows[0][block, at, :] for block in range(lane_blocks)]
+            others = [[ref[block, at, :] for block in range(lane_blocks)] for ref in over_rows]
             if len(over_rows) == 1:
-                return [[jnp.maximum(a, b) for a, b in zip(best[0], keys, strict=True)]]
-            merged = [
-                _first_maximum(best[0][block], best[1][block], key, over_rows[1][block, at, :])
-                for block, key in enumerate(keys)
-            ]
-            return [list(side) for side in zip(*merged, strict=True)]
+                return [tuple(map(jnp.maximum, best[0], others[0]))]
+            return list(zip(*map(_first_maximum, *best, *others), strict=True))
 
-        initial = [jnp.full(shape, value, jnp.int32) for value in (LOWEST, np.iinfo(np.int32).max)]
-        best = [[value] * lane_blocks for value in initial[: len(over_rows)]]
+        none = [jnp.full((SUBLANES, LANES), value, jnp.int32) for value in (NOTHING, NO_CELL)]
+        best = [(value,) * lane_blocks for value in none[: len(over_rows)]]
         best = lax.fori_loop(*roi.cols(q), column, best)
-        at = pl.ds(pl.multiple_of(q * SUBLANES, SUBLANES), SUBLANES)
+        first = (tile * SUBLANES * bin_cols + q) * PACK + member
+        at = pl.ds(first, SUBLANES, stride=bin_cols * PACK)
         for ref, values in zip(over_both, best, strict=True):
             for block, value in enumerate(values):
-                ref[tile, block, at, :] = value
-        return 0
+                ref[block, at, :] = value
 
-    lax.fori_loop(0, roi.bin_cols, bin_col, 0)
+    for_each(bin_cols, bin_col)
 
 
 def _first_maximum(key, cell, other_key, other_cell):
     other_wins = (other_key > key) | ((other_key == key) & (other_cell < cell))
     return jnp.where(other_wins, other_key, key), jnp.where(other_wins, other_cell, cell)
+
+
+def _merge(before, over_both, i):
+    """Bin `i` of a pack, with what strips before this one have given."""
+    at = pl.ds(pl.multiple_of(i * PACK, PACK), PACK)
+    for block, lanes in enumerate(_lane_blocks(before[0].shape[2])):
+        had = before[0][i, :, lanes].astype(jnp.float32)
+        nothing = lax.bitcast_convert_type(had, jnp.int32) == NOTHING
+        had = jnp.where(nothing, NOTHING, to_key(had))
+        key = over_both[0][block, at, :]
+        wins = had >= key  # among equals the cell further up
+        over_both[0][block, at, :] = jnp.where(wins, had, key)
+        if len(before) == 2:
+            cell = before[1][i, :, lanes].astype(jnp.int32)
+            over_both[1][block, at, :] = jnp.where(wins, cell, over_both[1][block, at, :])
+
+
+def _empty_key(record, strip, empty_value):
+    """What a bin without cells gives, or NOTHING if the pack goes on, as keys `[8, 128]`."""
+    key = jnp.zeros((PACK, LANES), jnp.int32)
+    if empty_value != 0:
+        member = lax.broadcasted_iota(jnp.int32, key.shape, 0)
+        lowest = to_key(np.float32(empty_value))
+        for m in range(PACK):
+            has_image = record.roi(m).image >= 0
+            key = jnp.where((member == m) & has_image, lowest, key)
+    return jnp.where(strip.unit == record.last_unit, key, NOTHING)
+
+
+def _finish(over_both, empty_key, staged, i):
+    """Bin `i` of a pack, from keys to what it pools to."""
+    at = pl.ds(pl.multiple_of(i * PACK, PACK), PACK)
+    for block, lanes in enumerate(_lane_blocks(staged[0].shape[2])):
+        key = over_both[0][block, at, :]
+        found = key > NOTHING
+        pooled = from_key(jnp.where(found, key, empty_key), np.dtype(np.float32))
+        staged[0][i, :, lanes] = pooled.astype(staged[0].dtype)
+        if len(staged) == 2:
+            cell = jnp.where(found, over_both[1][block, at, :], -1)
+            staged[1][i, :, lanes] = cell.astype(staged[1].dtype)
+
+
+def _lane_blocks(channels):
+    return [slice(start, start + LANES) for start in range(0, channels, LANES)]

@@ -1,11 +1,11 @@
 """The TPU kernel for `scatter_at_argmax`.
 
-A strip of the gradient stays in VMEM, in float32. Each RoI on its list adds every bin's cotangent
-where the bin's argmax is: for each row and column of the bin, a vector compares the cells' own
-indices with the argmax. The order of the sums is the order of the list.
+A strip of the gradient stays in VMEM, in float32. Each RoI of each pack on its list adds every
+bin's cotangent where the bin's argmax is: for each row and column of the bin, a vector compares
+the cells' own indices with the argmax. The order of the sums is the order of the RoIs.
 
-What one call moves: every strip once, and a RoI's cotangents and argmaxes once for each strip that
-it reaches into.
+What one call moves: every strip once, and a pack's cotangents and argmaxes once for each strip that
+it is on the list of.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_roipool._backends.tpu import schedule
-from jax_roipool._backends.tpu.schedule import SUBLANES, Blocks, round_up
-from jax_roipool._backends.tpu.turns import SLOTS, Record, at_bins, copy, strip_index, take_turns
+from jax_roipool._backends.tpu.schedule import LANES, PACK, SUBLANES, Blocks, round_up
+from jax_roipool._backends.tpu.turns import (
+    SLOTS,
+    Record,
+    Strip,
+    bins_of,
+    divide,
+    for_each,
+    remainder,
+    take_turns,
+)
+from jax_roipool._manual_axes import result_of
 
 
 def blocks(cotangent, map_shape) -> Blocks | None:
@@ -28,12 +38,11 @@ def blocks(cotangent, map_shape) -> Blocks | None:
     _, _, bin_rows, bin_cols, channels = cotangent.shape
     _, height, width = map_shape
     widest = round_up(width, 4 * SUBLANES) + 4 * SUBLANES
-    bins = bin_rows * round_up(bin_cols, 2 * SUBLANES)
     return schedule.blocks(
         height,
-        channels,
+        round_up(channels, LANES),
         bytes_per_row=widest * (4 + 2 * cotangent.dtype.itemsize),
-        bytes_besides=4 * (2 * SLOTS * bins + 2 * bins),
+        bytes_besides=2 * 4 * (SLOTS + 1) * bin_rows * bin_cols * PACK,
     )
 
 
@@ -41,38 +50,43 @@ def scatter_at_argmax(cotangent, argmax, rectangles, blocks, *, map_shape, inter
     """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`."""
     groups, rois, bin_rows, bin_cols, channels = cotangent.shape
     images, height, width = map_shape
-    strips, lanes = blocks.strips, blocks.lanes
+    strips, block = blocks.strips, blocks.channels
     work = schedule.work(rectangles, images, blocks)
+    cotangent, argmax = schedule.to_packs(cotangent), schedule.to_packs(argmax)
 
+    bins = (bin_rows * bin_cols, PACK, block)
     scratch = [
         pltpu.SMEM((SLOTS, *work.records.shape[1:]), jnp.int32),
         pltpu.SemaphoreType.DMA((SLOTS,)),
-        pltpu.VMEM((blocks.rows, blocks.padded(width), lanes), jnp.float32),
+        pltpu.VMEM((blocks.rows, blocks.padded(width), block), jnp.float32),
     ]
     for operand, wide in ((cotangent, jnp.float32), (argmax, jnp.int32)):
-        scratch.append(pltpu.VMEM((SLOTS, bin_rows, bin_cols, blocks.channels), operand.dtype))
-        scratch.append(pltpu.SemaphoreType.DMA((SLOTS,)))
-        scratch.append(pltpu.VMEM((bin_rows, bin_cols, lanes), wide))
+        scratch += [
+            pltpu.VMEM((SLOTS, *bins), operand.dtype),
+            pltpu.SemaphoreType.DMA((SLOTS,)),
+            pltpu.VMEM(bins, wide),
+        ]
 
     any_memory = pl.BlockSpec(memory_space=pl.ANY)
-    gradient = jax.ShapeDtypeStruct((groups * images, height, width, channels), cotangent.dtype)
+    shape = (groups * images, height, width, cotangent.shape[3])
+    gradient = result_of((cotangent, argmax, *rectangles), shape, cotangent.dtype)
     call = pl.pallas_call(
         functools.partial(
             _kernel,
             images=images,
             strips=strips,
-            rois=rois,
+            bins=(bin_rows, bin_cols),
             columns=blocks.columns,
         ),
         name="roi_pool_gradient",
         out_shape=gradient,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(groups * images, channels // blocks.channels, strips),
+            grid=(shape[3] // block, groups * images, strips),
             in_specs=[
                 pl.BlockSpec(
                     (1, 1, work.entries.shape[2]),
-                    lambda image, *_: (lax.div(image, images), 0, 0),
+                    lambda _, image, *__: (divide(image, images), 0, 0),
                     memory_space=pltpu.SMEM,
                 ),
                 any_memory,
@@ -80,8 +94,8 @@ def scatter_at_argmax(cotangent, argmax, rectangles, blocks, *, map_shape, inter
                 any_memory,
             ],
             out_specs=pl.BlockSpec(
-                (1, blocks.rows, width, blocks.channels),
-                lambda image, block, strip, *_: (image, strip, 0, block),
+                (1, blocks.rows, width, block),
+                lambda channel_block, image, strip, *_: (image, strip, 0, channel_block),
             ),
             scratch_shapes=scratch,
         ),
@@ -90,19 +104,13 @@ def scatter_at_argmax(cotangent, argmax, rectangles, blocks, *, map_shape, inter
         ),
         cost_estimate=pl.CostEstimate(
             flops=groups * rois * height * width * channels,
-            bytes_accessed=cotangent.nbytes
-            + argmax.nbytes
-            + work.records.nbytes
-            + gradient.size * gradient.dtype.itemsize,
+            bytes_accessed=schedule.bytes_of(work.records, cotangent, argmax, gradient),
             transcendentals=0,
         ),
         interpret=interpret,
     )
-    bins = (groups * rois, bin_rows, bin_cols, channels)
-    summed = call(
-        work.offsets, work.entries, work.records, cotangent.reshape(bins), argmax.reshape(bins)
-    )
-    return summed.reshape(groups, *map_shape, channels)
+    summed = call(work.offsets, work.entries, work.records, cotangent, argmax)
+    return summed[..., :channels].reshape(groups, *map_shape, channels)
 
 
 def _kernel(
@@ -117,88 +125,88 @@ def _kernel(
     sums,
     cotangent_buffer,
     cotangent_arrived,
-    wide_cotangent,
+    cotangent,
     argmax_buffer,
     argmax_arrived,
-    wide_argmax,
+    argmax,
     *,
     images,
     strips,
-    rois,
+    bins,
     columns,
 ):
     _, rows, width, channels = gradient.shape
-    bins = cotangents.shape[1:3]
-    group, unit = strip_index(images, strips)
-    units = images * strips
-    first = offsets[group * (units + 1) + unit]
-    end = offsets[group * (units + 1) + unit + 1]
-    top = pl.program_id(2) * rows
+    strip = Strip(offsets, images, strips, rows)
 
-    def clear(row, _):
+    def clear(row):
         sums[row] = jnp.zeros(sums.shape[1:], sums.dtype)
-        return 0
 
-    lax.fori_loop(0, rows, clear, 0)
+    for_each(rows, clear)
 
     def loads(entry, slot):
-        roi = group * rois + entries[0, 0, entry]
+        pack = entries[0, 0, entry]
+        here = functools.partial(bins_of, group=strip.group, pack=pack, channels=channels)
+        record = strip.group * (cotangents.shape[2] // PACK) + pack
         return [
-            copy(records.at[roi], record_buffer.at[slot], record_arrived.at[slot]),
-            copy(
-                at_bins(cotangents, roi, channels),
-                cotangent_buffer.at[slot],
-                cotangent_arrived.at[slot],
-            ),
-            copy(
-                at_bins(argmaxes, roi, channels), argmax_buffer.at[slot], argmax_arrived.at[slot]
-            ),
+            pltpu.make_async_copy(source, buffer.at[slot], arrived.at[slot])
+            for source, buffer, arrived in (
+                (records.at[record], record_buffer, record_arrived),
+                (here(cotangents), cotangent_buffer, cotangent_arrived),
+                (here(argmaxes), argmax_buffer, argmax_arrived),
+            )
         ]
 
-    def add(entry, slot):
+    def add_pack(entry, slot):
         del entry
-        roi = Record(record_buffer.at[slot], *bins)
 
-        def bin_row(p, _):
-            wide_cotangent[p, :, :channels] = cotangent_buffer[slot, p].astype(jnp.float32)
-            wide_argmax[p, :, :channels] = argmax_buffer[slot, p].astype(jnp.int32)
-            row_start, row_end = roi.rows(p)
-            row_start = jnp.maximum(row_start - top, 0)
-            row_end = jnp.minimum(row_end - top, rows)
+        def widen(i):
+            cotangent[i] = cotangent_buffer[slot, i].astype(jnp.float32)
+            argmax[i] = argmax_buffer[slot, i].astype(jnp.int32)
 
-            def bin_col(q, _):
-                bin_argmax = wide_argmax[p, pl.ds(q, 1), :]
-                bin_cotangent = wide_cotangent[p, pl.ds(q, 1), :]
-                col_start, col_end = roi.cols(q)
-                start = lax.div(col_start, SUBLANES)
-                steps = lax.div(col_end - start * SUBLANES + columns - 1, columns)
+        for_each(bins[0] * bins[1], widen)
 
-                def some_columns(step, _):
-                    column = pl.multiple_of(start * SUBLANES + step * columns, SUBLANES)
-                    shape = (columns, sums.shape[2])
-                    # Where the argmax is in the row whose first cell has this index.
-                    row_of = bin_argmax - column - lax.broadcasted_iota(jnp.int32, shape, 0)
+        def add_roi(member):
+            roi = Record(record_buffer.at[slot], bins).roi(member)
 
-                    def row(r, _):
-                        at = (r, pl.ds(column, columns), slice(None))
-                        hit = row_of == (r + top) * width
-                        sums[at] += jnp.where(hit, bin_cotangent, 0.0)
-                        return 0
+            @pl.when(strip.meets(roi))
+            def _():
+                def add_bin(i):
+                    p, q = divide(i, bins[1]), remainder(i, bins[1])
+                    at = (i, pl.ds(member, 1), slice(None))
+                    _add(
+                        sums, cotangent[at], argmax[at], roi.rows(p), roi.cols(q), strip, width,
+                        columns,
+                    )
 
-                    return lax.fori_loop(row_start, row_end, row, 0)
+                for_each(bins[0] * bins[1], add_bin)
 
-                return lax.fori_loop(0, steps, some_columns, 0)
+        for_each(PACK, add_roi)
 
-            return lax.fori_loop(0, bins[1], bin_col, 0)
-
-        lax.fori_loop(0, bins[0], bin_row, 0)
-
-    @pl.when(first < end)
+    @pl.when(strip.first < strip.end)
     def _():
-        take_turns(first, end, loads, add)
+        take_turns(strip, loads, add_pack)
 
-    def finish(row, _):
-        gradient[0, row] = sums[row, :width, :channels].astype(gradient.dtype)
-        return 0
+    def finish(row):
+        gradient[0, row] = sums[row, :width, :].astype(gradient.dtype)
 
-    lax.fori_loop(0, rows, finish, 0)
+    for_each(rows, finish)
+
+
+def _add(sums, cotangent, argmax, rows, cols, strip, width, columns):
+    """A bin's cotangent, `[1, C]`, added to the sums at its argmax."""
+    row_start, row_end = strip.clip(rows)
+    start = divide(cols[0], SUBLANES)
+    shape = (columns, sums.shape[2])
+
+    def some_columns(step):
+        column = pl.multiple_of(start * SUBLANES + step * columns, SUBLANES)
+        # What the index of a row's first cell is where the argmax is in that row.
+        row_of = argmax - column - lax.broadcasted_iota(jnp.int32, shape, 0)
+
+        def row(r):
+            at = (r, pl.ds(column, columns), slice(None))
+            sums[at] += jnp.where(row_of == (r + strip.top) * width, cotangent, 0.0)
+
+        for_each(row_end, row, row_start)
+
+    for_each(divide(cols[1] - start * SUBLANES + columns - 1, columns), some_columns)

@@ -1,8 +1,12 @@
 """What the TPU kernels do in which order: blocks that fit the memories, and lists of RoIs.
 
-A kernel's grid is (images, blocks of channels, strips). A strip is a band of a map's rows, as many
+A kernel's grid is (blocks of channels, images, strips). A strip is a band of a map's rows, as many
 as fit VMEM; most maps are a single one. Each strip stays in VMEM while all RoIs that reach into it
 take their turn, by a list that is made here, outside of the kernel, from the rectangles.
+
+RoIs come in packs of eight, in their order, and a pack's bins lie side by side in memory: pooled
+features are `[G, P * Q, K, C]` in the kernels, so that RoIs fill the sublanes of a vector whatever
+the number of bins. XLA, too, prefers them so, and takes the axes' order for a matter of layout.
 """
 
 from __future__ import annotations
@@ -17,14 +21,20 @@ from jax import lax
 LANES, SUBLANES = 128, 8
 """Columns and rows of a vector register of 32-bit values."""
 
+PACK = SUBLANES
+"""RoIs to a pack."""
+
 VMEM_BYTES = 12 << 20
 """What a kernel may take of VMEM. The compiler gives a kernel 16 MiB on every TPU from v4 on."""
 
 MAX_ENTRIES = 1 << 16
-"""The longest list of RoIs, for the 1 MiB of SMEM of every TPU from v4 on."""
+"""The longest list of packs, for the 1 MiB of SMEM of every TPU from v4 on."""
 
 MAX_STRIPS = 1 << 14
-"""The most strips, of all images, for the same reason. A strip's number times a RoI's is an int32."""
+"""The most strips, of all images, for the same reason."""
+
+MAX_SORTED = 1 << 20
+"""The most pairs of a pack and a strip, among which the lists are found by sorting."""
 
 VECTORS_A_STEP = 4
 """Vectors of a row that an inner loop takes at a time: fewer leave the vector units idle."""
@@ -35,113 +45,154 @@ class Blocks(NamedTuple):
 
     strips: int
     rows: int  # of a strip
-    channels: int  # of a block: all of them, or a multiple of LANES that divides them
-    lanes: int  # the channels, filled up to whole vectors
-    columns: int  # an inner loop takes at a time
+    channels: int  # of a block, a multiple of LANES
+    columns: int  # that an inner loop takes at a time
 
     def padded(self, width: int) -> int:
         """Columns of a buffer in which no step reaches past the end, wherever it starts."""
         return round_up(width, SUBLANES) + self.columns - SUBLANES
 
 
-def blocks(
-    height: int, channels: int, bytes_per_row: int, bytes_besides: int
-) -> Blocks | None:
+def blocks(height: int, channels: int, bytes_per_row: int, bytes_besides: int) -> Blocks | None:
     """The largest blocks that fit VMEM, or None if not even a row does.
 
     Args:
       height: H.
-      channels: C.
+      channels: C, a multiple of LANES.
       bytes_per_row: what a kernel keeps for a row of a strip, per channel.
       bytes_besides: what it keeps besides, per channel.
     """
-    most_lanes = LANES * VECTORS_A_STEP
-    if channels % LANES == 0:
-        sizes = [c for c in range(most_lanes, 0, -LANES) if channels % c == 0]
-    else:
-        sizes = [channels]
-    for size in sizes:
-        lanes = round_up(size, LANES)
-        rows = (VMEM_BYTES // lanes - bytes_besides) // bytes_per_row
-        if rows >= height:
+    most = LANES * VECTORS_A_STEP
+    size = rows = 0
+    for size in range(most, 0, -LANES):
+        rows = (VMEM_BYTES // size - bytes_besides) // bytes_per_row
+        if channels % size == 0 and rows >= height:
             break
     if rows < 1:
         return None
     strips = math.ceil(height / rows)
-    columns = SUBLANES * max(1, most_lanes // lanes)
-    return Blocks(strips, math.ceil(height / strips), size, lanes, columns)
+    return Blocks(strips, math.ceil(height / strips), size, SUBLANES * (most // size))
 
 
 def fits_smem(groups: int, images: int, rois: int, blocks: Blocks) -> bool:
-    """Whether the lists of RoIs fit."""
+    """Whether the lists fit, and can be sorted in reasonable time."""
+    packs, units = _packs(rois), images * blocks.strips
     return (
-        rois * blocks.strips <= MAX_ENTRIES and groups * images * blocks.strips <= MAX_STRIPS
+        packs * _most_visits(images, blocks) <= MAX_ENTRIES
+        and groups * units <= MAX_STRIPS
+        and units * packs <= MAX_SORTED
     )
+
+
+def _packs(rois: int) -> int:
+    return math.ceil(rois / PACK)
+
+
+def _most_visits(images: int, blocks: Blocks) -> int:
+    return min(images, PACK) * blocks.strips
 
 
 class Work(NamedTuple):
-    """The lists, all int32. Strips are counted through all images of all groups."""
+    """The lists, all int32. A unit is a strip of an image, counted through all of a group."""
 
-    records: jax.Array  # [G * K, 1, 1 + 2 * P + 2 * Q], see `Record`
-    entries: jax.Array  # [G, 1, K * strips], RoIs strip after strip
-    offsets: jax.Array  # [G * (n * strips + 1)], where a strip's RoIs start among the entries
-    fetched: jax.Array  # [G * n * strips], the strip to have in VMEM, itself unless it has no RoIs
+    records: jax.Array  # [G * packs, 1, ...], see `turns.Record`
+    entries: jax.Array  # [G, 1, ...], packs, unit after unit
+    offsets: jax.Array  # [G * (units + 1)], where a unit's packs start among the entries
+    fetched: jax.Array  # [G * units], the unit to have in VMEM, itself unless it has no packs
 
 
 def work(rectangles: tuple[jax.Array, ...], images: int, blocks: Blocks) -> Work:
-    """Every RoI on the list of each strip that it reaches into, and on one at least.
+    """Every pack on the list of each strip that one of its RoIs reaches into.
 
-    So each is written, even one that has no cells. The RoIs of a strip keep their order.
+    One without any cell is on the list of the first strip, so that it is written.
     """
-    image_index, row_start, row_end, col_start, col_end = rectangles
+    image_index, *edges = rectangles
     groups, rois = image_index.shape
-    strips = blocks.strips
+    packs, strips = _packs(rois), blocks.strips
     units = images * strips
 
+    missing = ((0, 0), (0, packs * PACK - rois))
+    image_index = jnp.pad(image_index, missing, constant_values=-1)
+    edges = [jnp.pad(edge, (*missing, (0, 0))) for edge in edges]
+    row_start, row_end, col_start, col_end = edges
     valid = (image_index >= 0) & (image_index < images)
-    image = jnp.where(valid, image_index, 0)
-    row_start, row_end = (jnp.where(valid[..., None], x, 0) for x in (row_start, row_end))
-    records = jnp.concatenate(
-        [valid[..., None].astype(jnp.int32), row_start, row_end, col_start, col_end], axis=-1
-    ).reshape(groups * rois, 1, -1)
+    image = jnp.where(valid, image_index, -1)
 
-    top = jnp.clip(row_start[..., 0] // blocks.rows, 0, strips - 1)
-    bottom = jnp.clip((row_end[..., -1] - 1) // blocks.rows, top, strips - 1)
-    first, last = image * strips + top, image * strips + bottom  # [G, K]
+    top, bottom = row_start[..., 0], row_end[..., -1]
+    reaches = valid & (top < bottom) & (col_start[..., 0] < col_end[..., -1])
+    first = jnp.where(reaches, image * strips + top // blocks.rows, units)
+    last = jnp.where(reaches, image * strips + (bottom - 1) // blocks.rows, -1)
+    first, last = (x.reshape(groups, 1, packs, PACK) for x in (first, last))
 
-    unit = jnp.arange(units + 1, dtype=jnp.int32)
-    earlier = jnp.clip(unit[:, None] - first[:, None], 0, (last - first + 1)[:, None])
-    offsets = earlier.sum(axis=-1, dtype=jnp.int32)  # [G, units + 1]
+    unit = jnp.arange(units, dtype=jnp.int32)[None, :, None, None]
+    visits = ((first <= unit) & (unit <= last)).any(axis=-1)  # [G, units, packs]
+    unit, first, last = unit[..., 0], first.min(axis=-1), last.max(axis=-1)
+    first, last = jnp.where(last < 0, 0, first), jnp.maximum(last, 0)
+    visits |= unit == first  # also a pack that reaches nowhere
+    counts = visits.sum(axis=-1, dtype=jnp.int32)  # [G, units]
 
-    # By strip, then by RoI, in one number: XLA compiles a sort of pairs many times as long.
-    unit = first[..., None] + jnp.arange(strips, dtype=jnp.int32)
-    unit = jnp.where(unit <= last[..., None], unit, units)  # the rest goes to the end
-    entries = unit * rois + jnp.arange(rois, dtype=jnp.int32)[:, None]
-    entries = entries.reshape(groups, 1, rois * strips)
+    # By unit, then by pack, in one number: XLA compiles a sort of pairs many times as long.
+    entries = unit * packs + jnp.arange(packs, dtype=jnp.int32)[None, None]
+    entries = jnp.where(visits, entries, units * packs).reshape(groups, 1, units * packs)
     if units > 1:
         entries = lax.sort(entries, is_stable=False)
+    entries = entries[..., : packs * _most_visits(images, blocks)] % packs
+
+    rois_of_a_pack = jnp.concatenate([image[..., None], *edges], axis=-1)
+    records = [x.reshape(groups * packs, 1) for x in (first, last)]
+    records.append(rois_of_a_pack.reshape(groups * packs, -1))
+    records = jnp.concatenate(records, axis=-1)[:, None]
+    # In whole vectors, as copies of less are refused by some compilers.
+    unused = round_up(records.shape[2], LANES) - records.shape[2]
     return Work(
-        records,
-        entries % rois,
-        offsets.ravel(),
-        _fetched(jnp.diff(offsets).reshape(groups * images, strips) > 0),
+        jnp.pad(records, ((0, 0), (0, 0), (0, unused))),
+        entries,
+        jnp.pad(jnp.cumsum(counts, axis=-1, dtype=jnp.int32), ((0, 0), (1, 0))).ravel(),
+        _fetched(counts.ravel() > 0),
     )
 
 
-def _fetched(has_work: jax.Array) -> jax.Array:
-    """For each strip the one to have in VMEM, so that none is fetched that has no RoIs.
+def _fetched(has_packs: jax.Array) -> jax.Array:
+    """For each unit the one to have in VMEM: without packs, the last one before it that has some.
 
-    Without RoIs that is a neighbour in its image, or else what an earlier image had left there.
+    That one is still there, so that nothing is fetched.
     """
-    images, strips = has_work.shape
-    strip = lax.broadcasted_iota(jnp.int32, has_work.shape, 1)
-    before = lax.cummax(jnp.where(has_work, strip, -1), axis=1)
-    after = jnp.argmax(has_work, axis=1).astype(jnp.int32)[:, None]
-    own = strips * jnp.arange(images, dtype=jnp.int32)[:, None]
-    own += jnp.where(before >= 0, before, after)
-    any_work = has_work.any(axis=1)
-    left = lax.cummax(jnp.where(any_work, own[:, -1], 0))
-    return jnp.where(any_work[:, None], own, left[:, None]).ravel()
+    unit = jnp.arange(has_packs.size, dtype=jnp.int32)
+    before = lax.cummax(jnp.where(has_packs, unit, -1))
+    return jnp.where(before >= 0, before, jnp.argmax(has_packs).astype(jnp.int32))
+
+
+def pad_channels(array: jax.Array) -> jax.Array:
+    """The last axis filled up to whole vectors."""
+    channels = array.shape[-1]
+    missing = round_up(channels, LANES) - channels
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+
+
+def to_packs(bins: jax.Array) -> jax.Array:
+    """`[G, K, P, Q, C]` as the kernels have it, `[G, P * Q, K, C]`, K a multiple of PACK."""
+    groups, rois, bin_rows, bin_cols, _ = bins.shape
+    bins = jnp.pad(bins, ((0, 0), (0, _packs(rois) * PACK - rois), (0, 0), (0, 0), (0, 0)))
+    bins = jnp.moveaxis(bins, 1, 3)
+    return pad_channels(bins.reshape(groups, bin_rows * bin_cols, *bins.shape[3:]))
+
+
+def from_packs(bins: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`[G, K, P, Q, C]` again, of that shape."""
+    groups, rois, bin_rows, bin_cols, channels = shape
+    bins = bins[:, :, :rois, :channels].reshape(groups, bin_rows, bin_cols, rois, channels)
+    return jnp.moveaxis(bins, 3, 1)
+
+
+def packs_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of `to_packs` of an array of that shape."""
+    groups, rois, bin_rows, bin_cols, channels = shape
+    return groups, bin_rows * bin_cols, _packs(rois) * PACK, round_up(channels, LANES)
+
+
+def bytes_of(*arrays: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Their bytes, altogether."""
+    return sum(x.size * x.dtype.itemsize for x in arrays)
 
 
 def round_up(size: int, multiple: int) -> int:

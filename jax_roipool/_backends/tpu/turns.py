@@ -1,4 +1,4 @@
-"""Inside a TPU kernel: the RoIs of a strip, one after the other, the next one's data on its way."""
+"""Inside a TPU kernel: the packs of a strip, one after the other, the next one's data on its way."""
 
 from __future__ import annotations
 
@@ -8,63 +8,114 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-SLOTS = 2  # of every buffer that a RoI's data pass through
+from jax_roipool._backends.tpu.schedule import PACK
+
+SLOTS = 2  # of every buffer that a pack's data come into
+
+
+class RoI:
+    """A RoI's rectangles in SMEM: its image, or -1, and the edges of its bins."""
+
+    def __init__(self, ref, start, bins: tuple[int, int]):
+        self._ref, self._start, self.bins = ref, start, bins
+
+    @property
+    def image(self) -> jax.Array:
+        """The image in its group, or -1."""
+        return self._ref[0, self._start]
+
+    def rows(self, p) -> tuple[jax.Array, jax.Array]:
+        """The first row of the bins of row `p`, and the one after their last."""
+        start = self._start + 1
+        return self._ref[0, start + p], self._ref[0, start + self.bins[0] + p]
+
+    def cols(self, q) -> tuple[jax.Array, jax.Array]:
+        """The first column of the bins of column `q`, and the one after their last."""
+        start = self._start + 1 + 2 * self.bins[0]
+        return self._ref[0, start + q], self._ref[0, start + self.bins[1] + q]
 
 
 class Record:
-    """The rectangles of a RoI, in SMEM."""
+    """A pack in SMEM: the first and the last unit that it is on the list of, and its RoIs."""
 
-    def __init__(self, ref, bin_rows: int, bin_cols: int):
-        self._ref, self.bin_rows, self.bin_cols = ref, bin_rows, bin_cols
+    def __init__(self, ref, bins: tuple[int, int]):
+        self._ref, self._bins = ref, bins
 
     @property
-    def valid(self) -> jax.Array:
-        """Whether the RoI has an image."""
-        return self._ref[0, 0] != 0
+    def first_unit(self) -> jax.Array:
+        return self._ref[0, 0]
 
-    def rows(self, p) -> tuple[jax.Array, jax.Array]:
-        """The first row of bin row `p`, and the one after its last."""
-        return self._ref[0, 1 + p], self._ref[0, 1 + self.bin_rows + p]
+    @property
+    def last_unit(self) -> jax.Array:
+        return self._ref[0, 1]
 
-    def cols(self, q) -> tuple[jax.Array, jax.Array]:
-        """The first column of bin column `q`, and the one after its last."""
-        start = 1 + 2 * self.bin_rows
-        return self._ref[0, start + q], self._ref[0, start + self.bin_cols + q]
+    def roi(self, member) -> RoI:
+        """One of the RoIs of the pack."""
+        return RoI(self._ref, 2 + member * (1 + 2 * sum(self._bins)), self._bins)
 
 
-def strip_index(images: int, strips: int) -> tuple[jax.Array, jax.Array]:
-    """Of this step of the grid: its group, and its strip among those of the group."""
-    image = pl.program_id(0)
-    return lax.div(image, images), lax.rem(image, images) * strips + pl.program_id(2)
+class Strip:
+    """What this step of the grid is about."""
+
+    def __init__(self, offsets, images: int, strips: int, rows: int):
+        image, strip = pl.program_id(1), pl.program_id(2)
+        self.group, self.image = divide(image, images), remainder(image, images)
+        self.unit = self.image * strips + strip
+        self.top, self.rows = strip * rows, rows
+        at = self.group * (images * strips + 1) + self.unit
+        self.first, self.end = offsets[at], offsets[at + 1]  # its entries
+
+    def clip(self, rows) -> tuple[jax.Array, jax.Array]:
+        """Rows of the map as rows of this strip, as far as they are in it."""
+        start, end = rows
+        return jnp.maximum(start - self.top, 0), jnp.minimum(end - self.top, self.rows)
+
+    def meets(self, roi: RoI) -> jax.Array:
+        """Whether the RoI reaches into this strip."""
+        start, end = self.clip((roi.rows(0)[0], roi.rows(roi.bins[0] - 1)[1]))
+        return (roi.image == self.image) & (start < end)
 
 
-def at_bins(ref, roi, channels: int):
-    """The bins of a RoI in an array `[G * K, P, Q, C]`, for this step's channels."""
-    if ref.shape[3] == channels:
-        return ref.at[roi]
-    start = pl.multiple_of(pl.program_id(1) * channels, channels)
-    return ref.at[roi, :, :, pl.ds(start, channels)]
+def bins_of(ref, group, pack, channels: int):
+    """The bins of a pack in an array `[G, P * Q, K, C]`, for this step's channels."""
+    rois = pl.ds(pl.multiple_of(pack * PACK, PACK), PACK)
+    block = pl.ds(pl.multiple_of(pl.program_id(0) * channels, channels), channels)
+    return ref.at[group, :, rois, block]
 
 
-def take_turns(
-    first: jax.Array,
-    end: jax.Array,
-    loads: Callable[[jax.Array, jax.Array], Sequence],
-    turn: Callable[[jax.Array, jax.Array], None],
-) -> None:
-    """Calls `turn(entry, slot)` for the entries from `first` up to `end`, of which there are some.
+def divide(number: jax.Array, by: int) -> jax.Array:
+    """`number // by` of a number that is not negative; `//` would ask which TPU this is."""
+    return lax.div(number, jnp.int32(by))
+
+
+def remainder(number: jax.Array, by: int) -> jax.Array:
+    """`number % by` of a number that is not negative."""
+    return lax.rem(number, jnp.int32(by))
+
+
+def for_each(end: int | jax.Array, body: Callable, start: int | jax.Array = 0) -> None:
+    """Calls `body(i)` for i from `start` up to `end`, in a loop of the program."""
+
+    def step(i, _):
+        body(i)
+        return 0
+
+    lax.fori_loop(jnp.int32(start), jnp.int32(end), step, 0)
+
+
+def take_turns(strip: Strip, loads: Callable[..., Sequence], turn: Callable) -> None:
+    """Calls `turn(entry, slot)` for the strip's entries, of which there are some.
 
     `loads(entry, slot)` are the copies that bring what a turn needs.
     """
-    for load in loads(first, jnp.int32(0)):
+    for load in loads(strip.first, jnp.int32(0)):
         load.start()
 
-    def step(entry, _):
-        slot = lax.rem(entry - first, SLOTS)
+    def step(entry):
+        slot = remainder(entry - strip.first, SLOTS)
 
-        @pl.when(entry + 1 < end)
+        @pl.when(entry + 1 < strip.end)
         def _():
             for load in loads(entry + 1, 1 - slot):
                 load.start()
@@ -72,11 +123,5 @@ def take_turns(
         for load in loads(entry, slot):
             load.wait()
         turn(entry, slot)
-        return 0
 
-    lax.fori_loop(first, end, step, 0)
-
-
-def copy(source, target, semaphore):
-    """A copy between memories, to be started and waited for."""
-    return pltpu.make_async_copy(source, target, semaphore)
+    for_each(strip.end, step, strip.first)
