@@ -1,7 +1,12 @@
 import os
 
-# Before JAX starts: with libtpu installed it would look for a TPU, at length and aloud.
+# Before JAX starts: with libtpu installed it would look for a TPU, at length and aloud, and would
+# refuse to compile in several processes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import hypothesis
 import jax

@@ -76,3 +76,9 @@ def _tpu():
 def _interpreter():
     # JAX shows what the detector has found only here.
     return importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
+
+
+def forget():
+    """Forgets what was compiled, for tests that change how the kernels cut their maps."""
+    _program.cache_clear()
+    jax.clear_caches()

@@ -99,9 +99,11 @@ def test_spilled_cell_is_pooled_by_torchvision_alone(implementation):
 
 
 @pytest.mark.parametrize("bins", (1, 3, 8))
-def test_partition_covers_the_roi_once_and_leaves_no_bin_empty(bins, implementation):
+def test_partition_covers_the_roi_once_and_leaves_no_bin_empty(bins, compiled_implementation):
     cells = [(OFFSET, OFFSET + length) for length in range(1, 65)]
-    starts, ends = np.moveaxis(observed_edges(cells, bins, 80, "partition", implementation), -1, 0)
+    starts, ends = np.moveaxis(
+        observed_edges(cells, bins, 80, "partition", compiled_implementation), -1, 0
+    )
     assert np.all(ends > starts)
     for (start, stop), low, high in zip(cells, starts, ends, strict=True):
         assert low[0] == start

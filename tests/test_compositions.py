@@ -19,14 +19,24 @@ ROIS = random_rois(SETS * COUNT, HEIGHT, WIDTH).reshape(SETS, COUNT, 4)
 COTANGENTS = whole_cotangent((SETS, COUNT, *OUTPUT_SIZE, CHANNELS))
 
 
-@pytest.fixture(scope="module")
-def pool(implementation):
+def pool_by(implementation):
     return functools.partial(
         jax_roipool.roi_pool,
         output_size=OUTPUT_SIZE,
         convention=CONVENTION,
         implementation=implementation,
     )
+
+
+@pytest.fixture(scope="module")
+def pool(implementation):
+    return pool_by(implementation)
+
+
+@pytest.fixture(scope="module")
+def compiled_pool(compiled_implementation):
+    """For tests with so many cotangents that an interpreter takes minutes."""
+    return pool_by(compiled_implementation)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +127,10 @@ def test_jacrev_is_one_hot_at_the_argmax(pool):
     assert_same(jacobian, expected.reshape(*argmax.shape, HEIGHT, WIDTH, CHANNELS))
 
 
-def test_vmap_of_jacrev(pool):
-    jacobian = jax.vmap(jax.jacrev(pool))(FEATURES, ROIS)
+def test_vmap_of_jacrev(compiled_pool):
+    jacobian = jax.vmap(jax.jacrev(compiled_pool))(FEATURES, ROIS)
     for i in range(SETS):
-        assert_same(jacobian[i], jax.jacrev(pool)(FEATURES[i], ROIS[i]))
+        assert_same(jacobian[i], jax.jacrev(compiled_pool)(FEATURES[i], ROIS[i]))
     assert np.any(jacobian)
 
 
@@ -145,9 +155,9 @@ def test_vmap_of_hessian_vector_product(pool):
         assert_same(products[i], expected)
 
 
-def test_hessian_is_diagonal(pool):
+def test_hessian_is_diagonal(compiled_pool):
     def loss(features):
-        return jnp.sum(pool(features, ROIS[0]) ** 2)
+        return jnp.sum(compiled_pool(features, ROIS[0]) ** 2)
 
     size = HEIGHT * WIDTH * CHANNELS
     hessian = jax.jacfwd(jax.jacrev(loss))(FEATURES[0]).reshape(size, size)

@@ -10,8 +10,6 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from jax_roipool import _backends
-
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
@@ -62,6 +60,22 @@ class Compiled:
         """How many of these HLO operations there are, started ones included."""
         names = "|".join(operations)
         return len(re.findall(rf" (?:{names})(?:-start)?\(", self.text))
+
+    def find(self, pattern):
+        """All that a regular expression matches."""
+        return re.findall(pattern, self.text)
+
+    def largest(self, *operations):
+        """Bytes of the largest array that comes out of one of these HLO operations."""
+        results = self.find(rf"= ([^=]*?) (?:{'|'.join(operations)})\(")
+        arrays = [array for result in results for array in re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", result)]
+        return max(
+            (
+                int(bits) // 8 * int(np.prod([int(n) for n in shape.split(",") if n]))
+                for _, bits, shape in arrays
+            ),
+            default=0,
+        )
 
 
 MOVES = ("gather", "scatter", "while")

@@ -31,6 +31,7 @@ from jax_roipool._backends.tpu import schedule
 from jax_roipool._backends.tpu.schedule import LANES, PACK, SUBLANES, Blocks, round_up
 from jax_roipool._backends.tpu.turns import (
     SLOTS,
+    ZERO,
     Record,
     Strip,
     bins_of,
@@ -50,16 +51,16 @@ NO_CELL = np.iinfo(np.int32).max
 def blocks(features, bin_rows: int, bin_cols: int) -> Blocks | None:
     """How to cut the maps, or None if they cannot be cut to fit."""
     _, _, height, width, channels = features.shape
-    itemsize = features.dtype.itemsize
-    widest = round_up(width, 4 * SUBLANES) + 4 * SUBLANES
-    over_both = round_up(bin_rows, SUBLANES) * bin_cols * PACK
-    staged = 2 * bin_rows * bin_cols * PACK
-    return schedule.blocks(
-        height,
-        round_up(channels, LANES),
-        bytes_per_row=widest * (itemsize + 4),
-        bytes_besides=2 * 4 * (widest * SUBLANES + over_both + staged),
-    )
+    fetched_width = round_up(width, 2 * SUBLANES) * features.dtype.itemsize
+    bins = bin_cols * PACK * 4
+    over_both, staged = round_up(bin_rows, SUBLANES) * bins, bin_rows * bins
+
+    def vmem(blocks: Blocks) -> int:
+        padded_width = blocks.padded(width) * 4
+        strip = blocks.rows * (fetched_width + padded_width)
+        return blocks.channels * (strip + 2 * (padded_width * SUBLANES + over_both + 2 * staged))
+
+    return schedule.blocks(height, round_up(channels, LANES), vmem)
 
 
 def rectangle_max(features, rectangles, blocks, *, argmax_dtype, empty_value, interpret):
@@ -95,7 +96,7 @@ def rectangle_max(features, rectangles, blocks, *, argmax_dtype, empty_value, in
 
     def unit_to_fetch(channel_block, image, strip, fetched, *_):
         unit = fetched[image * strips + strip]
-        return divide(unit, strips), remainder(unit, strips), 0, channel_block
+        return divide(unit, strips), remainder(unit, strips), ZERO, channel_block
 
     any_memory = pl.BlockSpec(memory_space=pl.ANY)
     call = pl.pallas_call(
@@ -116,7 +117,7 @@ def rectangle_max(features, rectangles, blocks, *, argmax_dtype, empty_value, in
             in_specs=[
                 pl.BlockSpec(
                     (1, 1, work.entries.shape[2]),
-                    lambda _, image, *__: (divide(image, images), 0, 0),
+                    lambda _, image, *__: (divide(image, images), ZERO, ZERO),
                     memory_space=pltpu.SMEM,
                 ),
                 any_memory,

@@ -22,6 +22,7 @@ from jax_roipool._backends.tpu import schedule
 from jax_roipool._backends.tpu.schedule import LANES, PACK, SUBLANES, Blocks, round_up
 from jax_roipool._backends.tpu.turns import (
     SLOTS,
+    ZERO,
     Record,
     Strip,
     bins_of,
@@ -37,13 +38,14 @@ def blocks(cotangent, map_shape) -> Blocks | None:
     """How to cut the maps, or None if they cannot be cut to fit."""
     _, _, bin_rows, bin_cols, channels = cotangent.shape
     _, height, width = map_shape
-    widest = round_up(width, 4 * SUBLANES) + 4 * SUBLANES
-    return schedule.blocks(
-        height,
-        round_up(channels, LANES),
-        bytes_per_row=widest * (4 + 2 * cotangent.dtype.itemsize),
-        bytes_besides=2 * 4 * (SLOTS + 1) * bin_rows * bin_cols * PACK,
-    )
+    sent_width = 2 * round_up(width, 2 * SUBLANES) * cotangent.dtype.itemsize
+    bins = 2 * (SLOTS + 1) * bin_rows * bin_cols * PACK * 4
+
+    def vmem(blocks: Blocks) -> int:
+        strip = blocks.rows * (sent_width + blocks.padded(width) * 4)
+        return blocks.channels * (strip + bins)
+
+    return schedule.blocks(height, round_up(channels, LANES), vmem)
 
 
 def scatter_at_argmax(cotangent, argmax, rectangles, blocks, *, map_shape, interpret):
@@ -86,7 +88,7 @@ def scatter_at_argmax(cotangent, argmax, rectangles, blocks, *, map_shape, inter
             in_specs=[
                 pl.BlockSpec(
                     (1, 1, work.entries.shape[2]),
-                    lambda _, image, *__: (divide(image, images), 0, 0),
+                    lambda _, image, *__: (divide(image, images), ZERO, ZERO),
                     memory_space=pltpu.SMEM,
                 ),
                 any_memory,
@@ -95,7 +97,7 @@ def scatter_at_argmax(cotangent, argmax, rectangles, blocks, *, map_shape, inter
             ],
             out_specs=pl.BlockSpec(
                 (1, blocks.rows, width, block),
-                lambda channel_block, image, strip, *_: (image, strip, 0, channel_block),
+                lambda channel_block, image, strip, *_: (image, strip, ZERO, channel_block),
             ),
             scratch_shapes=scratch,
         ),

@@ -12,6 +12,7 @@ the number of bins. XLA, too, prefers them so, and takes the axes' order for a m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,25 +54,30 @@ class Blocks(NamedTuple):
         return round_up(width, SUBLANES) + self.columns - SUBLANES
 
 
-def blocks(height: int, channels: int, bytes_per_row: int, bytes_besides: int) -> Blocks | None:
+def blocks(height: int, channels: int, vmem: Callable[[Blocks], int]) -> Blocks | None:
     """The largest blocks that fit VMEM, or None if not even a row does.
 
     Args:
       height: H.
       channels: C, a multiple of LANES.
-      bytes_per_row: what a kernel keeps for a row of a strip, per channel.
-      bytes_besides: what it keeps besides, per channel.
+      vmem: bytes that a kernel takes with such blocks; every row of a strip takes as many.
     """
     most = LANES * VECTORS_A_STEP
-    size = rows = 0
+    best = None
     for size in range(most, 0, -LANES):
-        rows = (VMEM_BYTES // size - bytes_besides) // bytes_per_row
-        if channels % size == 0 and rows >= height:
+        if channels % size != 0:
+            continue
+        one, two = (
+            vmem(Blocks(height, rows, size, SUBLANES * (most // size))) for rows in (1, 2)
+        )
+        rows = 1 + (VMEM_BYTES - one) // (two - one)
+        if rows < 1:
+            continue
+        strips = math.ceil(height / rows)
+        best = Blocks(strips, math.ceil(height / strips), size, SUBLANES * (most // size))
+        if strips == 1:
             break
-    if rows < 1:
-        return None
-    strips = math.ceil(height / rows)
-    return Blocks(strips, math.ceil(height / strips), size, SUBLANES * (most // size))
+    return best
 
 
 def fits_smem(groups: int, images: int, rois: int, blocks: Blocks) -> bool:

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from jax_roipool._backends.tpu.schedule import PACK
+
+ZERO = np.int32(0)
+"""A plain 0 is an int64 where 64-bit types are on, which no TPU counts in."""
 
 SLOTS = 2  # of every buffer that a pack's data come into
 
