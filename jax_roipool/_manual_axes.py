@@ -33,8 +33,8 @@ def result_of(
     if hasattr(some_type, "mat"):
         manual = type(some_type.mat)(varying=axes)
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual)
-    # pyright: ignore[reportCallIssue]  # before JAX 0.10
-    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+    # Before JAX 0.10.
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)  # pyright: ignore[reportCallIssue]
 
 
 def _varying(x: jax.Array) -> frozenset:

@@ -29,6 +29,8 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def skip_unless_it_can_be_used(implementation):
+    if implementation == interpreted_tpu.NAME:
+        interpreted_tpu.skip_unless_it_checks()
     (backend,) = (b for b in _backends.BACKENDS if b.name == implementation)
     problem = _backends.problem_with(backend, ["cpu"])
     if problem is not None:
@@ -53,6 +55,12 @@ def compiled_implementation(request):
 def native():
     """For tests of the native library alone."""
     skip_unless_it_can_be_used("cpu")
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """For tests of the TPU kernels alone."""
+    skip_unless_it_can_be_used(interpreted_tpu.NAME)
 
 
 @pytest.fixture

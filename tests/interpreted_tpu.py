@@ -9,6 +9,7 @@ import importlib
 
 import jax
 import numpy as np
+import pytest
 
 from jax_roipool import _backends
 from jax_roipool._backends import tpu
@@ -26,6 +27,12 @@ def install():
         scatter_at_argmax=_called_back(tpu.scatter_at_argmax),
     )
     _backends.BACKENDS = (*_backends.BACKENDS, interpreted)
+
+
+def skip_unless_it_checks():
+    """Skips a test where the interpreter is too old to look for what it is used for."""
+    if not hasattr(_tpu().InterpretParams, "out_of_bounds_reads"):
+        pytest.skip(f"the TPU interpreter of JAX {jax.__version__} does not check bounds")
 
 
 def _called_back(function):

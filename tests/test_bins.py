@@ -61,22 +61,22 @@ def test_presets_are_the_documented_table():
 @pytest.mark.parametrize(
     ("convention", "bins"), (*((name, 7) for name in PRESETS), ("torchvision", 14))
 )
-def test_edges_of_every_length(convention, bins, implementation):
+def test_edges_of_every_length(convention, bins, compiled_implementation):
     inclusive = resolved(convention).inclusive_end
     cells = [(OFFSET, OFFSET + int(length) - inclusive) for length in LENGTHS]
-    observed = observed_edges(cells, bins, WIDTH, convention, implementation)
+    observed = observed_edges(cells, bins, WIDTH, convention, compiled_implementation)
     expected = expected_edges(cells, bins, WIDTH, convention)
     np.testing.assert_array_equal(observed, expected)
 
 
 @pytest.mark.parametrize(("bins", "differing", "early"), ((7, 70, 0), (14, 106, 36)))
-def test_torchvision_float32_spill(bins, differing, early, implementation):
+def test_torchvision_float32_spill(bins, differing, early, compiled_implementation):
     # Counts measured on the released operators: lengths with any edge that is not the exact one,
     # and of these the ones with a start one cell early. Division by a constant, which XLA
     # replaces with a multiplication, would give others.
     cells = [(0, int(length) - 1) for length in LENGTHS]
     starts, ends = np.moveaxis(
-        observed_edges(cells, bins, WIDTH, "torchvision", implementation), -1, 0
+        observed_edges(cells, bins, WIDTH, "torchvision", compiled_implementation), -1, 0
     )
     i = np.arange(bins)
     exact_starts = i * LENGTHS[:, None] // bins
@@ -136,38 +136,42 @@ def test_short_inverted_and_clipped_rois(convention, implementation):
         (4.5000005, 5),
     ),
 )
-def test_coordinates_round_half_away_from_zero(coordinate, cell, implementation):
-    edges = observed_edges([(coordinate, 9)], 1, 16, "partition", implementation)
+def test_coordinates_round_half_away_from_zero(coordinate, cell, compiled_implementation):
+    edges = observed_edges([(coordinate, 9)], 1, 16, "partition", compiled_implementation)
     assert edges.tolist() == [[[cell, 9]]]
-    edges = observed_edges([(0, coordinate)], 1, 16, "torchvision", implementation)
+    edges = observed_edges([(0, coordinate)], 1, 16, "torchvision", compiled_implementation)
     assert edges.tolist() == [[[0, cell + 1]]]
 
 
 @pytest.mark.parametrize(
     ("coordinate", "cell"), ((-0.49999997, 0), (-0.5, -1), (-1.5, -2), (-2.5, -3), (-2.25, -2))
 )
-def test_negative_coordinates_round_half_away_from_zero(coordinate, cell, implementation):
+def test_negative_coordinates_round_half_away_from_zero(coordinate, cell, compiled_implementation):
     # The start lies outside the map, but the other bins' edges depend on it.
-    edges = observed_edges([(coordinate, 4)], 6, 16, "partition", implementation)
+    edges = observed_edges([(coordinate, 4)], 6, 16, "partition", compiled_implementation)
     expected = expected_edges([(cell, 4)], 6, 16, "partition")
     np.testing.assert_array_equal(edges, expected)
 
 
-def test_scaled_coordinate_is_rounded_in_float32_first(implementation):
+def test_scaled_coordinate_is_rounded_in_float32_first(compiled_implementation):
     # 5 * float32(0.7) is 3.49999994, which the float32 product rounds to 3.5.
-    edges = observed_edges([(5, 20)], 1, 16, "partition", implementation, spatial_scale=0.7)
+    edges = observed_edges(
+        [(5, 20)], 1, 16, "partition", compiled_implementation, spatial_scale=0.7
+    )
     assert edges.tolist() == [[[4, 14]]]
 
 
-def test_spatial_scale_is_rounded_to_float32_first(x64, implementation):
+def test_spatial_scale_is_rounded_to_float32_first(x64, compiled_implementation):
     # In float64 the product stays under 2.5.
     scale = jnp.asarray(0.5 - 1e-12, jnp.float64)
-    edges = observed_edges([(5, 20)], 1, 32, "partition", implementation, spatial_scale=scale)
+    edges = observed_edges(
+        [(5, 20)], 1, 32, "partition", compiled_implementation, spatial_scale=scale
+    )
     assert edges.tolist() == [[[3, 10]]]
 
 
 @pytest.mark.parametrize("convention", PRESETS)
-def test_huge_rois_do_not_overflow(convention, implementation):
+def test_huge_rois_do_not_overflow(convention, compiled_implementation):
     # The last bin's start, 6 * L // 7, falls inside the map although 6 * L is past int32.
     start = -6 * 2**26
     cells = [(start, 2**26 + 32 * k) for k in range(4)]
@@ -175,31 +179,33 @@ def test_huge_rois_do_not_overflow(convention, implementation):
     limit = oracle.COORDINATE_LIMIT
     bounds = [*cells, (-3e38, 3e38), (-1e10, 64), (32, 1e10), (-(2.0**31), 2.0**31)]
     cells += [(-limit, limit), (-limit, 64), (32, limit), (-limit, limit)]
-    observed = observed_edges(bounds, 7, 128, convention, implementation)
+    observed = observed_edges(bounds, 7, 128, convention, compiled_implementation)
     np.testing.assert_array_equal(observed, expected_edges(cells, 7, 128, convention))
     assert np.all(observed[..., 1].max(axis=1) > 0)
 
 
-def test_overflowing_product_is_kept_in_range(implementation):
+def test_overflowing_product_is_kept_in_range(compiled_implementation):
     # The coordinate and the scale are finite, so the RoI is good although the product is not.
-    edges = observed_edges([(-3e38, 3e38)], 1, 16, "partition", implementation, spatial_scale=8.0)
+    edges = observed_edges(
+        [(-3e38, 3e38)], 1, 16, "partition", compiled_implementation, spatial_scale=8.0
+    )
     assert edges.tolist() == [[[0, 16]]]
 
 
 @pytest.mark.parametrize("x2", (2**40, -(2**40)))
-def test_64_bit_integers_are_kept_in_range_with_64_bit_types_off(x2, implementation):
+def test_64_bit_integers_are_kept_in_range_with_64_bit_types_off(x2, compiled_implementation):
     ramp = np.arange(8, dtype=np.float32).reshape(1, 8, 1)
     rois = np.array([[3, 0, x2, 1]])
-    pooled, _ = pool((1, 2), implementation=implementation)(ramp, rois.astype(np.float32))
-    eager = jax_roipool.roi_pool(ramp, rois, (1, 2), implementation=implementation)
+    pooled, _ = pool((1, 2), implementation=compiled_implementation)(ramp, rois.astype(np.float32))
+    eager = jax_roipool.roi_pool(ramp, rois, (1, 2), implementation=compiled_implementation)
     assert_same(eager, np.asarray(pooled))
     assert pooled.max() == (7 if x2 > 0 else 3)
 
 
 @pytest.mark.parametrize("dtype", (jnp.int32, jnp.uint8, jnp.int8, jnp.float16, jnp.bfloat16))
-def test_scale_applies_in_float32_whatever_the_rois_are(dtype, implementation):
+def test_scale_applies_in_float32_whatever_the_rois_are(dtype, compiled_implementation):
     rois = jnp.asarray([[7, 0, 101, 0]], dtype)
-    _, argmax = pool((1, 1), "partition", implementation)(ramp(128), rois, 0.7)
+    _, argmax = pool((1, 1), "partition", compiled_implementation)(ramp(128), rois, 0.7)
     # 7 * 0.7 = 4.9 -> 5 and 101 * 0.7 = 70.7 -> 71.
     assert argmax[0, 0, 0].tolist() == [70, 5]
 

@@ -6,8 +6,13 @@ import pathlib
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import tpu_compiler
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -124,3 +129,25 @@ def test_detector_refuses_bad_values(arguments, message, detector, capsys):
         detector.main(arguments)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_detectors_train_step_compiles_for_four_tpus(detector):
+    devices = tpu_compiler.mesh(4)
+
+    def argument(spec):
+        sharding = NamedSharding(devices, spec)
+        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.eval_shape(lambda: detector.create_state(seed=0, steps=10))
+    batch = detector.compose_scenes([[0, i] for i in range(8)], detector.load_sources(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = tpu_compiler.Compiled(
+        detector.train_step,
+        jax.tree.map(argument(P()), state),
+        jax.tree.map(argument(P("x")), batch),
+        argument(P())(key),
+    )
+    # Gradients of the weights, which every device has, are summed up; nothing is gathered.
+    assert compiled.count("all-reduce") > 0
+    assert compiled.count(*tpu_compiler.COLLECTIVES) == compiled.count("all-reduce")
+    assert compiled.count("scatter") == 0

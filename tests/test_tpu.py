@@ -1,4 +1,6 @@
-"""The TPU kernels' own seams, by the TPU interpreter: strips, packs, blocks of channels, lists."""
+"""The TPU kernels' own seams, by the TPU interpreter: strips, packs, channels, lists."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from jax_roipool._backends.tpu import scatter as scatter_kernel
 from jax_roipool._backends.tpu import schedule
 
 NAME = interpreted_tpu.NAME
+
+interpreted = pytest.mark.usefixtures("interpreter")
 
 
 def check(features, rois, output_size, convention="torchvision", roi_mask=None):
@@ -54,16 +58,16 @@ def check(features, rois, output_size, convention="torchvision", roi_mask=None):
 
 
 @pytest.fixture
-def strips_of(monkeypatch):
+def strips_of(interpreter, monkeypatch):
     """Makes the kernels cut maps into strips of so many rows; no test passes without the cuts."""
     cut = []
 
     def limit(rows):
-        def blocks(height, channels, vmem):
-            del vmem
-            strips = -(-height // rows)
+        def blocks(maps, rois, vmem):
+            del rois, vmem
+            strips = -(-maps[2] // rows)
             cut.append(strips)
-            return schedule.Blocks(strips, -(-height // strips), min(128, channels), 32)
+            return schedule.Blocks(strips, -(-maps[2] // strips), 128, 32)
 
         monkeypatch.setattr(schedule, "blocks", blocks)
         interpreted_tpu.forget()
@@ -83,12 +87,12 @@ def rois_with_an_image(height, width, count, images):
     return rois
 
 
-@pytest.mark.parametrize("rows", (1, 3, 5))
+@pytest.mark.parametrize("rows", (1, 3))
 @pytest.mark.parametrize("convention", ("partition", "chainer"))
 def test_rois_across_strips(rows, convention, strips_of):
     strips_of(rows)
-    features = distinct_features((2, 11, 13, 3)) % 9  # with ties across strips
-    check(features, rois_with_an_image(11, 13, 10, 2), (3, 2), convention)
+    features = distinct_features((2, 8, 9, 2)) % 9  # with ties across strips
+    check(features, rois_with_an_image(8, 9, 10, 2), (3, 2), convention)
 
 
 def test_strips_of_bfloat16_with_nan(strips_of):
@@ -106,12 +110,14 @@ def test_zeros_across_strips(strips_of):
     check(features, random_rois(5, 8, 9, images=1), (3, 3))
 
 
+@interpreted
 def test_images_that_share_packs():
     # Twenty RoIs, three packs, of five images in no order: most packs come to most images.
     features = distinct_features((5, 6, 7, 2))
     check(features, random_rois(20, 6, 7, images=5), (2, 2), "chainer")
 
 
+@interpreted
 def test_images_without_rois():
     features = distinct_features((5, 6, 7, 2))
     rois = np.array(random_rois(9, 6, 7, images=5))
@@ -119,16 +125,19 @@ def test_images_without_rois():
     check(features, rois, (2, 2))
 
 
+@interpreted
 @pytest.mark.parametrize("output_size", ((9, 2), (17, 1), (1, 9)))
 def test_more_rows_of_bins_than_a_vector_has(output_size):
     check(distinct_features((1, 21, 10, 2)), random_rois(3, 21, 10, images=1), output_size)
 
 
+@interpreted
 @pytest.mark.parametrize("channels", (128, 130, 384))
 def test_blocks_of_channels(channels):
     check(distinct_features((1, 5, 40, channels)), random_rois(2, 5, 40, images=1), (2, 2))
 
 
+@interpreted
 def test_masked_rois_of_a_convention_with_empty_bins():
     features, mask = distinct_features((1, 6, 7, 2)), np.arange(9) % 3 > 0
     rois = np.array(random_rois(9, 6, 7, images=1))
@@ -140,8 +149,10 @@ def test_the_benchmarks_maps_are_cut_as_little_as_can_be():
     def cut(features, dtype=jnp.float32):
         features = jax.ShapeDtypeStruct((1, *features), dtype)
         bins = jax.ShapeDtypeStruct((1, 8, 7, 7, features.shape[-1]), dtype)
+        edges = jax.ShapeDtypeStruct((1, 8, 7), jnp.int32)
+        rectangles = (jax.ShapeDtypeStruct((1, 8), jnp.int32), *[edges] * 4)
         return (
-            pool_kernel.blocks(features, 7, 7),
+            pool_kernel.blocks(features, rectangles),
             scatter_kernel.blocks(bins, features.shape[1:4]),
         )
 
@@ -169,7 +180,7 @@ def lists(image_index, rows, images, height, strip_rows):
 def packs_by_unit(work, group, units):
     offsets = np.asarray(work.offsets).reshape(-1, units + 1)[group]
     entries = np.asarray(work.entries)[group, 0]
-    return [entries[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [entries[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
 def test_a_pack_is_on_the_list_of_each_strip_that_it_reaches_into():

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import jax_roipool
 from jax_roipool._backends import dense
-from test_examples import detector  # noqa: F401  # a fixture
 from tpu_compiler import COLLECTIVES, GENERATIONS, MOVES, Compiled, mesh, on_one_device
 
 # Of this project's benchmark: features, number of RoIs.
@@ -117,7 +116,9 @@ def test_integers_are_compiled_without():
 
 
 def test_with_64_bit_types_on(x64):
-    is_compiled_to_kernels((2, 38, 50, 256), 64)
+    compiled = Compiled(pullback(), *all_arguments((2, 38, 50, 256), 64))
+    assert compiled.kernels == (2 if jax.__version_info__ >= (0, 10) else 0)
+    assert compiled.count("scatter", "while") == 0
 
 
 def test_the_argmax_comes_from_the_kernel_as_well():
@@ -276,23 +277,3 @@ def test_compared_cells_loop_over_many_rois_at_a_time(rois):
     assert compiled.temporary_bytes < 2 * dense.CHUNK_BYTES + 3 * sum(
         nbytes(x.shape, x.dtype) for x in arguments
     )
-
-
-def test_the_detectors_train_step_on_four_devices(detector):
-    devices = mesh(4)
-
-    def argument(split):
-        sharding = NamedSharding(devices, P("x") if split else P())
-        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    state = jax.eval_shape(lambda: detector.create_state(seed=0, steps=10))
-    batch = detector.compose_scenes([[0, i] for i in range(8)], detector.load_sources(0))
-    compiled = Compiled(
-        detector.train_step,
-        jax.tree.map(argument(False), state),
-        jax.tree.map(argument(True), batch),
-        argument(False)(jax.eval_shape(lambda: jax.random.key(0))),
-    )
-    # Gradients of replicated weights are summed over the devices; nothing is gathered.
-    assert compiled.count("all-reduce") > 0
-    assert_local(compiled, all_reduces=compiled.count("all-reduce"))

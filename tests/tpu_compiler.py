@@ -1,7 +1,8 @@
-"""Programs compiled for TPUs by the compiler in libtpu, which needs no TPU, and what they are like."""
+"""Programs compiled for TPUs by the compiler in libtpu, which needs no TPU, looked into."""
 
 import functools
 import importlib.util
+import math
 import re
 
 import jax
@@ -67,15 +68,10 @@ class Compiled:
 
     def largest(self, *operations):
         """Bytes of the largest array that comes out of one of these HLO operations."""
-        results = self.find(rf"= ([^=]*?) (?:{'|'.join(operations)})\(")
-        arrays = [array for result in results for array in re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", result)]
-        return max(
-            (
-                int(bits) // 8 * int(np.prod([int(n) for n in shape.split(",") if n]))
-                for _, bits, shape in arrays
-            ),
-            default=0,
-        )
+        results = " ".join(self.find(rf"= ([^=]*?) (?:{'|'.join(operations)})\("))
+        arrays = re.findall(r"[a-z](\d+)\[([\d,]+)\]", results)
+        sizes = [int(bits) // 8 * math.prod(map(int, shape.split(","))) for bits, shape in arrays]
+        return max(sizes, default=0)
 
 
 MOVES = ("gather", "scatter", "while")

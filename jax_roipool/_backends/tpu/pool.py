@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -48,9 +47,10 @@ NOTHING = np.iinfo(np.int32).min
 NO_CELL = np.iinfo(np.int32).max
 
 
-def blocks(features, bin_rows: int, bin_cols: int) -> Blocks | None:
-    """How to cut the maps, or None if they cannot be cut to fit."""
-    _, _, height, width, channels = features.shape
+def blocks(features, rectangles) -> Blocks | None:
+    """How to cut the maps, or None if it cannot be done."""
+    width, rois = features.shape[3], rectangles[0].shape[1]
+    bin_rows, bin_cols = rectangles[1].shape[2], rectangles[3].shape[2]
     fetched_width = round_up(width, 2 * SUBLANES) * features.dtype.itemsize
     bins = bin_cols * PACK * 4
     over_both, staged = round_up(bin_rows, SUBLANES) * bins, bin_rows * bins
@@ -60,7 +60,7 @@ def blocks(features, bin_rows: int, bin_cols: int) -> Blocks | None:
         strip = blocks.rows * (fetched_width + padded_width)
         return blocks.channels * (strip + 2 * (padded_width * SUBLANES + over_both + 2 * staged))
 
-    return schedule.blocks(height, round_up(channels, LANES), vmem)
+    return schedule.blocks(features.shape, rois, vmem)
 
 
 def rectangle_max(features, rectangles, blocks, *, argmax_dtype, empty_value, interpret):
@@ -295,7 +295,8 @@ def _max_over_columns(tile, roi, member, over_rows, over_both):
             others = [[ref[block, at, :] for block in range(lane_blocks)] for ref in over_rows]
             if len(over_rows) == 1:
                 return [tuple(map(jnp.maximum, best[0], others[0]))]
-            return list(zip(*map(_first_maximum, *best, *others), strict=True))
+            merged = map(_first_maximum, best[0], best[1], others[0], others[1])
+            return list(zip(*merged, strict=True))
 
         none = [jnp.full((SUBLANES, LANES), value, jnp.int32) for value in (NOTHING, NO_CELL)]
         best = [(value,) * lane_blocks for value in none[: len(over_rows)]]
@@ -334,7 +335,7 @@ def _empty_key(record, strip, empty_value):
     key = jnp.zeros((PACK, LANES), jnp.int32)
     if empty_value != 0:
         member = lax.broadcasted_iota(jnp.int32, key.shape, 0)
-        lowest = to_key(np.float32(empty_value))
+        lowest = to_key(jnp.float32(empty_value))
         for m in range(PACK):
             has_image = record.roi(m).image >= 0
             key = jnp.where((member == m) & has_image, lowest, key)

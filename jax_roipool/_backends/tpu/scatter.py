@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_roipool._backends.tpu import schedule
-from jax_roipool._backends.tpu.schedule import LANES, PACK, SUBLANES, Blocks, round_up
+from jax_roipool._backends.tpu.schedule import PACK, SUBLANES, Blocks, round_up
 from jax_roipool._backends.tpu.turns import (
     SLOTS,
     ZERO,
@@ -35,9 +34,9 @@ from jax_roipool._manual_axes import result_of
 
 
 def blocks(cotangent, map_shape) -> Blocks | None:
-    """How to cut the maps, or None if they cannot be cut to fit."""
-    _, _, bin_rows, bin_cols, channels = cotangent.shape
-    _, height, width = map_shape
+    """How to cut the maps, or None if it cannot be done."""
+    groups, rois, bin_rows, bin_cols, channels = cotangent.shape
+    width = map_shape[2]
     sent_width = 2 * round_up(width, 2 * SUBLANES) * cotangent.dtype.itemsize
     bins = 2 * (SLOTS + 1) * bin_rows * bin_cols * PACK * 4
 
@@ -45,7 +44,7 @@ def blocks(cotangent, map_shape) -> Blocks | None:
         strip = blocks.rows * (sent_width + blocks.padded(width) * 4)
         return blocks.channels * (strip + bins)
 
-    return schedule.blocks(height, round_up(channels, LANES), vmem)
+    return schedule.blocks((groups, *map_shape, channels), rois, vmem)
 
 
 def scatter_at_argmax(cotangent, argmax, rectangles, blocks, *, map_shape, interpret):
@@ -176,7 +175,13 @@ def _kernel(
                     p, q = divide(i, bins[1]), remainder(i, bins[1])
                     at = (i, pl.ds(member, 1), slice(None))
                     _add(
-                        sums, cotangent[at], argmax[at], roi.rows(p), roi.cols(q), strip, width,
+                        sums,
+                        cotangent[at],
+                        argmax[at],
+                        roi.rows(p),
+                        roi.cols(q),
+                        strip,
+                        width,
                         columns,
                     )
 

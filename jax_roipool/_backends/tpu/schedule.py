@@ -54,22 +54,21 @@ class Blocks(NamedTuple):
         return round_up(width, SUBLANES) + self.columns - SUBLANES
 
 
-def blocks(height: int, channels: int, vmem: Callable[[Blocks], int]) -> Blocks | None:
-    """The largest blocks that fit VMEM, or None if not even a row does.
+def blocks(maps: tuple[int, ...], rois: int, vmem: Callable[[Blocks], int]) -> Blocks | None:
+    """The largest blocks that fit VMEM, or None if not even a row does, or the lists do not fit.
 
     Args:
-      height: H.
-      channels: C, a multiple of LANES.
+      maps: `(G, n, H, W, C)`.
+      rois: K.
       vmem: bytes that a kernel takes with such blocks; every row of a strip takes as many.
     """
-    most = LANES * VECTORS_A_STEP
+    groups, images, height, _, channels = maps
+    channels, most = round_up(channels, LANES), LANES * VECTORS_A_STEP
     best = None
     for size in range(most, 0, -LANES):
         if channels % size != 0:
             continue
-        one, two = (
-            vmem(Blocks(height, rows, size, SUBLANES * (most // size))) for rows in (1, 2)
-        )
+        one, two = (vmem(Blocks(height, rows, size, SUBLANES * (most // size))) for rows in (1, 2))
         rows = 1 + (VMEM_BYTES - one) // (two - one)
         if rows < 1:
             continue
@@ -77,11 +76,10 @@ def blocks(height: int, channels: int, vmem: Callable[[Blocks], int]) -> Blocks 
         best = Blocks(strips, math.ceil(height / strips), size, SUBLANES * (most // size))
         if strips == 1:
             break
-    return best
+    return best if best and _lists_fit(groups, images, rois, best) else None
 
 
-def fits_smem(groups: int, images: int, rois: int, blocks: Blocks) -> bool:
-    """Whether the lists fit, and can be sorted in reasonable time."""
+def _lists_fit(groups: int, images: int, rois: int, blocks: Blocks) -> bool:
     packs, units = _packs(rois), images * blocks.strips
     return (
         packs * _most_visits(images, blocks) <= MAX_ENTRIES

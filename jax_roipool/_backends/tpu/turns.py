@@ -1,4 +1,4 @@
-"""Inside a TPU kernel: the packs of a strip, one after the other, the next one's data on its way."""
+"""Inside a TPU kernel: the packs of a strip in turn, while the next one's data are on their way."""
 
 from __future__ import annotations
 
