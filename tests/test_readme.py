@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python in the README and in `docs/` runs as it stands there."""
 
 import pathlib
 import re
@@ -8,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
 N, K, CHANNELS = 2, 4, 3
 
 
 @pytest.fixture(scope="module")
 def names():
-    """What the README's blocks leave behind, one after the other."""
+    """What the blocks leave behind, one after the other."""
     names = {
         "jnp": jnp,
         "count": jnp.array([2, 4]),
         "features": jnp.ones((N, 8, 8, CHANNELS)),
         "rois": jnp.broadcast_to(jnp.array([0.0, 0.0, 128.0, 128.0]), (N, K, 4)),
     }
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(block, names)
+    for page in ("README.md", "docs/tpu.md"):
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+            exec(block, names)
     return names
 
 
@@ -35,9 +36,16 @@ def test_flax_model(names):
 
 
 def test_padding(names):
-    real = np.asarray(names["pooled"]).any(axis=(2, 3, 4))
+    real = np.asarray(names["masked"]).any(axis=(2, 3, 4))
     np.testing.assert_array_equal(real, [[True, True, False, False], [True] * 4])
 
 
 def test_argmax(names):
     assert names["argmax"].shape == (N, K, 7, 7, CHANNELS)
+
+
+def test_data_parallel_pooling(names):
+    assert names["pooled"].shape == (N, K, 7, 7, CHANNELS)
+    assert names["pooled"].sharding.is_equivalent_to(
+        jax.NamedSharding(names["mesh"], jax.P("data")), names["pooled"].ndim
+    )

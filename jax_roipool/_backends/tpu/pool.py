@@ -295,12 +295,14 @@ def _max_over_columns(tile, roi, member, over_rows, over_both):
             others = [[ref[block, at, :] for block in range(lane_blocks)] for ref in over_rows]
             if len(over_rows) == 1:
                 return [tuple(map(jnp.maximum, best[0], others[0]))]
-            merged = map(_first_maximum, best[0], best[1], others[0], others[1])
+            (key, cell), (other_key, other_cell) = best, others
+            merged = map(_first_maximum, key, cell, other_key, other_cell)
             return list(zip(*merged, strict=True))
 
         none = [jnp.full((SUBLANES, LANES), value, jnp.int32) for value in (NOTHING, NO_CELL)]
         best = [(value,) * lane_blocks for value in none[: len(over_rows)]]
-        best = lax.fori_loop(*roi.cols(q), column, best)
+        col_start, col_end = roi.cols(q)
+        best = lax.fori_loop(col_start, col_end, column, best)
         first = (tile * SUBLANES * bin_cols + q) * PACK + member
         at = pl.ds(first, SUBLANES, stride=bin_cols * PACK)
         for ref, values in zip(over_both, best, strict=True):
