@@ -29,27 +29,15 @@ def check(features, rois, output_size, convention="torchvision", roi_mask=None):
     cotangent = whole_cotangent(wanted.shape, dtype=features.dtype)
     gradient = oracle.roi_pool_grad(cotangent, argmax, features.shape, rois)
 
+    options = {"convention": convention, "roi_mask": roi_mask, "implementation": NAME}
+
     def both(features):
-        return jax_roipool.roi_pool_with_argmax(
-            features,
-            rois,
-            output_size,
-            convention=convention,
-            roi_mask=roi_mask,
-            implementation=NAME,
-        )
+        return jax_roipool.roi_pool_with_argmax(features, rois, output_size, **options)
 
     @jax.jit
     def run(features):
         pooled, pullback, argmax = jax.vjp(both, features, has_aux=True)
-        alone = jax_roipool.roi_pool(
-            features,
-            rois,
-            output_size,
-            convention=convention,
-            roi_mask=roi_mask,
-            implementation=NAME,
-        )
+        alone = jax_roipool.roi_pool(features, rois, output_size, **options)
         return pooled, argmax, pullback(cotangent)[0], alone
 
     expected = wanted, argmax, gradient.astype(features.dtype), wanted
