@@ -109,6 +109,13 @@ def loss(features):
     return jnp.sum(pool("torchvision", None)(features, *ARGUMENTS[1:])[0] ** 2)
 
 
+def test_artifact_for_tpus_has_the_kernels_and_needs_no_allowance():
+    program = export.export(jax.jit(jax.grad(loss)), platforms=("tpu",))
+    restored = round_trip(program(FEATURES))
+    assert restored.platforms == ("tpu",)
+    assert restored.mlir_module().count("tpu_custom_call") == 2
+
+
 def test_native_artifact_needs_its_custom_calls_named(native):
     with pytest.raises(ValueError, match="jax_roipool_cpu_"):
         export.export(jax.jit(jax.grad(loss)))(FEATURES)

@@ -66,6 +66,12 @@ class Compiled:
         """All that a regular expression matches."""
         return re.findall(pattern, self.text)
 
+    def trips(self):
+        """How often each loop goes round, by the constant that its condition counts up to."""
+        conditions = self.find(r" while\(.*condition=(%[\w.-]+)")
+        bodies = [self.text[self.text.index(f"\n{name} (") :] for name in conditions]
+        return [int(re.search(r" constant\((\d+)\)", body)[1]) for body in bodies]
+
     def largest(self, *operations):
         """Bytes of the largest array that comes out of one of these HLO operations."""
         results = " ".join(self.find(rf"= ([^=]*?) (?:{'|'.join(operations)})\("))

@@ -161,9 +161,9 @@ def _kernel(
     empty_value,
 ):
     del fetched
+    # Each result comes with six buffers; the result is the maxima, and their cells if wanted.
     results = refs[: (len(refs) - 3) // 7]
     record_buffer, record_arrived, keys, *buffers = refs[len(results) :]
-    # For the maxima, and for their cells if those are wanted.
     over_rows, over_both, staged, sent, before, arrived = (buffers[i::6] for i in range(6))
     _, rows, width, channels = features.shape
     strip = Strip(offsets, images, strips, rows)
