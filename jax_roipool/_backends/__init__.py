@@ -53,7 +53,12 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 BEST_FIRST = {"cpu": ("cpu", "xla"), "tpu": ("tpu", "dense")}
-"""What implementation=None takes, by platform; on any other it is `"xla"`."""
+"""What implementation=None takes, by platform."""
+
+
+def best_first(platform: str) -> tuple[str, ...]:
+    """What implementation=None takes on that platform; the last one can always be used."""
+    return BEST_FIRST.get(platform, ("xla",))
 
 
 def check_name(implementation: str | None) -> None:
@@ -77,7 +82,7 @@ def select(implementation: str | None, platforms: Sequence[str], partitioned: bo
                 f"{problem}; there are {_listing()}"
             )
         return backend
-    *better, last = BEST_FIRST.get(platforms[0], ("xla",))
+    *better, last = best_first(platforms[0])
     for backend in map(_named, better):
         if partitioned and not backend.partitions:
             continue
