@@ -46,6 +46,5 @@ def test_argmax(names):
 
 def test_data_parallel_pooling(names):
     assert names["pooled"].shape == (N, K, 7, 7, CHANNELS)
-    assert names["pooled"].sharding.is_equivalent_to(
-        jax.NamedSharding(names["mesh"], jax.P("data")), names["pooled"].ndim
-    )
+    spread = names["NamedSharding"](names["mesh"], names["P"]("data"))
+    assert names["pooled"].sharding.is_equivalent_to(spread, names["pooled"].ndim)
