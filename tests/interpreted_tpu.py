@@ -36,9 +36,9 @@ def skip_unless_it_checks():
 
 
 def _called_back(function):
-    """The interpreter has ordered effects, which a primitive's lowering cannot: a process within.
+    """A program of its own, called back from the one under test.
 
-    What it runs is a program of its own, called back from the one under test.
+    The interpreter has ordered effects, which a primitive's lowering cannot have.
     """
 
     def call(*operands, **params):

@@ -10,6 +10,8 @@ along the columns to where the argmaxes are, then along the rows.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
     groups, images, height, width, channels = features.shape
     columns = rectangles[3].shape[2] + (width if images > 1 else 0)  # or its own image, a copy
     return pool_in_chunks(
-        _pool_roi,
+        functools.partial(_pool_roi, with_argmax=argmax_dtype is not None),
         features,
         rectangles,
         _rois_at_a_time(groups * height * columns * channels),
@@ -88,30 +90,34 @@ def _rois_at_a_time(elements_per_roi: int) -> int:
     return max(1, CHUNK_BYTES // max(1, 8 * elements_per_roi))  # a value and an index
 
 
-def _pool_roi(keys, image_index, row_start, row_end, col_start, col_end):
-    """Maxima and argmaxes, `[P, Q, C]`, of one RoI in `keys` `[n, W, H, C]`."""
-    image = image_of(keys, image_index)
-    width = image.shape[0]
-    col = lax.broadcasted_iota(jnp.int32, image.shape, 0)
-    over_cols, col = _max_over_bins((image, col), col_start, col_end)  # [Q, H, C]
-    over_cols, col = (jnp.swapaxes(x, 0, 1) for x in (over_cols, col))
-    cell = col + width * lax.broadcasted_iota(jnp.int32, col.shape, 0)
-    return _max_over_bins((over_cols, cell), row_start, row_end)
+def _pool_roi(keys, image_index, row_start, row_end, col_start, col_end, *, with_argmax):
+    """The maxima of one RoI in `keys` `[n, W, H, C]`, and argmaxes if asked for: `[P, Q, C]`."""
+    cells = [image_of(keys, image_index)]
+    if with_argmax:
+        cells.append(lax.broadcasted_iota(jnp.int32, cells[0].shape, 0))
+    over_cols = _max_over_bins(cells, col_start, col_end)  # [Q, H, C]
+    over_cols = [jnp.swapaxes(x, 0, 1) for x in over_cols]
+    if with_argmax:
+        width, shape = keys.shape[1], over_cols[1].shape
+        over_cols[1] += width * lax.broadcasted_iota(jnp.int32, shape, 0)
+    return _max_over_bins(over_cols, row_start, row_end)
 
 
 def _max_over_bins(keys_and_index, start, end):
-    """Maximum of keys over the bins of the first axis, and the smallest index that has it."""
+    """Maximum of keys over the bins of the first axis, and the smallest index that has it.
+
+    The index is left out if it is left out of the argument, as XLA would work it out.
+    """
     size = keys_and_index[0].shape[0]
     cell = jnp.arange(size, dtype=jnp.int32)
     inside = (start[:, None] <= cell[None]) & (cell[None] < end[:, None])
     inside = inside.reshape(*inside.shape, *[1] * (keys_and_index[0].ndim - 1))
-    nothing = [jnp.iinfo(keys_and_index[0].dtype).min, np.iinfo(np.int32).max]
-    masked = [
-        jnp.where(inside, x[None], jnp.array(none, x.dtype))
-        for x, none in zip(keys_and_index, nothing, strict=True)
-    ]
-    initial = [np.array(none, x.dtype) for x, none in zip(keys_and_index, nothing, strict=True)]
-    return lax.reduce(tuple(masked), tuple(initial), _first_maximum, dimensions=(1,))
+    nothing = np.iinfo(keys_and_index[0].dtype).min, np.iinfo(np.int32).max
+    nothing = [np.array(n, x.dtype) for n, x in zip(nothing, keys_and_index, strict=False)]
+    masked = [jnp.where(inside, x[None], n) for x, n in zip(keys_and_index, nothing, strict=True)]
+    if len(masked) == 1:
+        return [masked[0].max(axis=1)]
+    return list(lax.reduce(tuple(masked), tuple(nothing), _first_maximum, dimensions=(1,)))
 
 
 def _first_maximum(one, other):

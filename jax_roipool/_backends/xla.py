@@ -1,4 +1,4 @@
-"""The portable backend: bin masks, `jax.ops.segment_max`, and indexing at the argmax.
+"""A portable backend: bin masks, `jax.ops.segment_max`, and indexing at the argmax.
 
 Features are compared as integers of the same order (`keys.py`). The maximum over a rectangle is
 separable: first over columns, keeping the smallest column, then over rows, keeping the smallest
@@ -41,9 +41,9 @@ def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
 def pool_in_chunks(pool_roi, features, rectangles, chunk, *, argmax_dtype, empty_value):
     """`rectangle_max` of a portable backend, by what it does for one RoI.
 
-    `pool_roi(keys, *rectangle)` gives maxima and argmaxes `[P, Q, C]` of one RoI in keys
-    `[n, W, H, C]`. What it gives for a rectangle without cells, or an image that is not there,
-    means nothing.
+    `pool_roi(keys, *rectangle)` gives maxima, and argmaxes if asked for, `[P, Q, C]` of one RoI in
+    keys `[n, W, H, C]`. What it gives for a rectangle without cells, or an image that is not
+    there, means nothing.
     """
     image_index, row_start, row_end, col_start, col_end = rectangles
     images, channels = features.shape[1], features.shape[4]
