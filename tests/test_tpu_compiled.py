@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_roipool
 from jax_roipool._backends import dense
+from jax_roipool._backends.tpu import schedule
 from tpu_compiler import COLLECTIVES, GENERATIONS, MOVES, Compiled, mesh, on_one_device
 
 # Of this project's benchmark: features, number of RoIs.
@@ -89,6 +90,12 @@ def test_any_number_of_bins(output_size):
 @pytest.mark.parametrize("rois", (1, 9, 8192, (16, 512)))
 def test_any_number_of_rois(rois):
     is_compiled_to_kernels((16, 50, 84, 256), rois)
+
+
+def test_the_longest_lists_fit():
+    is_compiled_to_kernels((8, 4, 4, 8), schedule.MAX_ENTRIES, (1, 1), generation="v4")
+    images = schedule.MAX_STRIPS
+    is_compiled_to_kernels((images, 4, 4, 8), (images, 1), (1, 1), generation="v4")
 
 
 def test_one_cell():

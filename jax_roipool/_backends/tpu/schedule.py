@@ -26,7 +26,10 @@ PACK = SUBLANES
 """RoIs to a pack."""
 
 VMEM_BYTES = 12 << 20
-"""What a kernel may take of VMEM. The compiler gives a kernel 16 MiB on every TPU from v4 on."""
+"""What a kernel may take of VMEM, of which a v4 has 16 MiB, and later TPUs more.
+
+The compiler's own limit on a v5e is 16 MiB as well.
+"""
 
 MAX_ENTRIES = 1 << 16
 """The longest list of packs, for the 1 MiB of SMEM of every TPU from v4 on."""
