@@ -42,7 +42,7 @@ def measure(
         try:
             run = candidate.prepare(inputs, mode)
             if candidate.convention:
-                _check(candidate.outputs(run()), expected.outputs(candidate.convention))
+                check(candidate.outputs(run()), expected.outputs(candidate.convention))
             runs[candidate.name] = run
         except Exception as error:  # whatever a library raises, the others can still be timed
             errors[candidate.name] = f"{type(error).__name__}: {error}"
@@ -72,14 +72,19 @@ class _Expected:
         return self.by_convention[convention]
 
 
-def _check(actual: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
-    """Raises ValueError unless the maxima are equal and the gradients, which are sums, close."""
+def check(
+    actual: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...], tolerance: float = 1e-5
+) -> None:
+    """Raises ValueError unless the maxima are equal and the gradients, which are sums, close.
+
+    `tolerance` is a share of the largest gradient.
+    """
     names = ("pooled", "gradient")[: len(expected)]
     for name, a, b in zip(names, actual, expected, strict=True):
         if a.shape != b.shape:
             raise ValueError(f"{name} has shape {a.shape}, not {b.shape}")
-        tolerance = 0 if name == "pooled" else 1e-5 * np.abs(b).max()
-        differ = ~(np.abs(a - b) <= tolerance)
+        allowed = 0 if name == "pooled" else tolerance * np.abs(b).max()
+        differ = ~(np.abs(a - b) <= allowed)
         if differ.any():
             largest = np.abs(a - b).max()
             raise ValueError(

@@ -8,13 +8,13 @@ import jax
 from jax import lax
 
 
-def vary_with(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x`, varying over every mesh axis that `other` varies over.
+def vary_with(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """`x`, varying over every mesh axis that one of the others varies over.
 
     Outside of `shard_map` this is `x`. Inside, the gradient of `x` is then summed over the axes
-    that were added, as it has to be where only `other` is sharded.
+    that were added, as it has to be where only another array is sharded.
     """
-    axes = tuple(_varying(other) - _varying(x))
+    axes = tuple(frozenset().union(*map(_varying, others)) - _varying(x))
     if not axes:
         return x
     if hasattr(lax, "pcast"):

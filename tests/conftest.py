@@ -16,7 +16,7 @@ import interpreted_tpu
 from jax_roipool import _backends
 
 # A new backend is put under the whole suite by adding its name here.
-COMPILED_HERE = ("cpu", "xla", "dense")
+COMPILED_HERE = ("cpu", "xla", "dense", "table")
 IMPLEMENTATIONS = (*COMPILED_HERE, interpreted_tpu.NAME)
 
 interpreted_tpu.install()

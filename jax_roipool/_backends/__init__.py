@@ -24,7 +24,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jax_roipool._backends import cpu, dense, tpu, xla
+from jax_roipool._backends import cpu, dense, table, tpu, xla
 
 
 class Backend(NamedTuple):
@@ -50,6 +50,7 @@ BACKENDS: tuple[Backend, ...] = (
     _backend(tpu, frozenset({"tpu"}), tpu.what_keeps_it_from_use, partitions=False),
     _backend(dense, None, lambda: None, partitions=True),
     _backend(xla, None, lambda: None, partitions=True),
+    _backend(table, None, lambda: None, partitions=False),
 )
 
 BEST_FIRST = {"cpu": ("cpu", "xla"), "tpu": ("tpu", "dense")}

@@ -14,10 +14,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jax_roipool._backends.xla import image_of, map_in_chunks, pool_in_chunks, to_chunks
+from jax_roipool._backends.portable import (
+    first_maximum,
+    image_of,
+    map_in_chunks,
+    nothing,
+    pool_by_keys,
+    pool_rois_in_chunks,
+    to_chunks,
+)
+from jax_roipool._manual_axes import vary_with
 
 CHUNK_BYTES = 1 << 26
 """RoIs are taken so many at a time that what is left of their maps takes about this much."""
@@ -27,11 +35,16 @@ def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
     """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
     groups, images, height, width, channels = features.shape
     columns = rectangles[3].shape[2] + (width if images > 1 else 0)  # or its own image, a copy
-    return pool_in_chunks(
-        functools.partial(_pool_roi, with_argmax=argmax_dtype is not None),
+    return pool_by_keys(
+        lambda keys: pool_rois_in_chunks(
+            functools.partial(_pool_roi, with_argmax=argmax_dtype is not None),
+            keys,
+            rectangles,
+            _rois_at_a_time(groups * height * columns * channels),
+            2 if argmax_dtype else 1,
+        ),
         features,
         rectangles,
-        _rois_at_a_time(groups * height * columns * channels),
         argmax_dtype=argmax_dtype,
         empty_value=empty_value,
     )
@@ -82,6 +95,7 @@ def scatter_at_argmax(cotangent, argmax, image_index, *edges, map_shape):
         (cotangent, argmax, image_index), _rois_at_a_time(groups * bin_rows * width * channels)
     )
     sums = jnp.zeros((images * height, groups, width, channels), sum_dtype)
+    sums = vary_with(sums, cotangent, argmax, image_index)
     sums, _ = lax.scan(add_chunk, sums, chunks)
     return jnp.moveaxis(sums, 1, 0).reshape(shape).astype(cotangent.dtype)
 
@@ -112,18 +126,11 @@ def _max_over_bins(keys_and_index, start, end):
     cell = jnp.arange(size, dtype=jnp.int32)
     inside = (start[:, None] <= cell[None]) & (cell[None] < end[:, None])
     inside = inside.reshape(*inside.shape, *[1] * (keys_and_index[0].ndim - 1))
-    nothing = np.iinfo(keys_and_index[0].dtype).min, np.iinfo(np.int32).max
-    nothing = [np.array(n, x.dtype) for n, x in zip(nothing, keys_and_index, strict=False)]
-    masked = [jnp.where(inside, x[None], n) for x, n in zip(keys_and_index, nothing, strict=True)]
+    lowest = nothing(keys_and_index)
+    masked = [jnp.where(inside, x[None], n) for x, n in zip(keys_and_index, lowest, strict=True)]
     if len(masked) == 1:
         return [masked[0].max(axis=1)]
-    return list(lax.reduce(tuple(masked), tuple(nothing), _first_maximum, dimensions=(1,)))
-
-
-def _first_maximum(one, other):
-    (key, index), (other_key, other_index) = one, other
-    other_wins = (other_key > key) | ((other_key == key) & (other_index < index))
-    return lax.select(other_wins, other_key, key), lax.select(other_wins, other_index, index)
+    return list(lax.reduce(tuple(masked), tuple(lowest), first_maximum, dimensions=(1,)))
 
 
 def _columns(argmax, image_index, map_shape):

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_roipool._backends.keys import from_key, to_key
+from jax_roipool._backends.portable import (
+    INDEX_LIMIT,
+    image_of,
+    pool_by_keys,
+    pool_rois_in_chunks,
+)
 
 CHUNK_BYTES = 1 << 22
 """RoIs are pooled so many at a time that a copy of their feature maps takes about this much.
@@ -21,54 +26,23 @@ CHUNK_BYTES = 1 << 22
 Measured on two CPU cores: a larger chunk leaves the cache and is three times slower.
 """
 
-INDEX_LIMIT = 2**31
-"""What an int32 index cannot reach."""
-
 
 def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
     """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
     bytes_per_roi = features[:, :1].nbytes
-    return pool_in_chunks(
-        _pool_roi,
+    return pool_by_keys(
+        lambda keys: pool_rois_in_chunks(
+            _pool_roi,
+            keys,
+            rectangles,
+            max(1, CHUNK_BYTES // max(1, bytes_per_roi)),
+            2 if argmax_dtype else 1,
+        ),
         features,
         rectangles,
-        max(1, CHUNK_BYTES // max(1, bytes_per_roi)),
         argmax_dtype=argmax_dtype,
         empty_value=empty_value,
     )
-
-
-def pool_in_chunks(pool_roi, features, rectangles, chunk, *, argmax_dtype, empty_value):
-    """`rectangle_max` of a portable backend, by what it does for one RoI.
-
-    `pool_roi(keys, *rectangle)` gives maxima, and argmaxes if asked for, `[P, Q, C]` of one RoI in
-    keys `[n, W, H, C]`. What it gives for a rectangle without cells, or an image that is not
-    there, means nothing.
-    """
-    image_index, row_start, row_end, col_start, col_end = rectangles
-    images, channels = features.shape[1], features.shape[4]
-    shape = (*row_start.shape, col_start.shape[2], channels)
-    if 0 in features.shape or 0 in shape:
-        pooled = jnp.zeros(shape, features.dtype)
-        return [pooled, jnp.full(shape, -1, argmax_dtype)] if argmax_dtype else [pooled]
-
-    keys = jnp.moveaxis(to_key(features), 3, 2)  # columns lead: the first pass runs over them
-    results_wanted = 2 if argmax_dtype else 1  # what is not wanted, XLA does not compute
-    results = map_in_chunks(
-        lambda rectangles: jax.vmap(pool_roi)(keys, *rectangles)[:results_wanted],
-        rectangles,
-        chunk,
-    )
-    pooled = from_key(results[0], features.dtype)
-
-    no_cells = (row_end <= row_start)[..., :, None] | (col_end <= col_start)[..., None, :]
-    no_image = (image_index < 0) | (image_index >= images)
-    no_cells, no_image = no_cells[..., None], no_image[..., None, None, None]
-    empty = _lowest(features.dtype) if empty_value < 0 else 0
-    pooled = jnp.where(no_image, 0, jnp.where(no_cells, empty, pooled)).astype(features.dtype)
-    if argmax_dtype is None:
-        return [pooled]
-    return [pooled, jnp.where(no_image | no_cells, -1, results[1]).astype(argmax_dtype)]
 
 
 def gather_at_argmax(features, argmax, image_index, *edges):
@@ -118,33 +92,6 @@ def _channel_of(argmax):
     return lax.broadcasted_iota(jnp.int32, argmax.shape, argmax.ndim - 1)
 
 
-def map_in_chunks(function, operands, chunk):
-    """`function`, over RoI after RoI of all groups, a chunk at a time; `[G, K, ...]` again."""
-    rois = operands[0].shape[1]
-    results = lax.map(jax.vmap(function), to_chunks(operands, chunk))
-    results = [jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:rois] for x in results]
-    return [jnp.moveaxis(x, 0, 1) for x in results]
-
-
-def to_chunks(operands, chunk):
-    """`[steps, RoIs a step, G, ...]` of each `[G, K, ...]`, filled up with zeros at the end.
-
-    Neighbours go to different steps, so that RoIs which are spread over devices stay there.
-    """
-    rois = operands[0].shape[1]
-    steps = math.ceil(rois / chunk)
-    # Better a few steps more than RoIs that are not there.
-    steps = next((s for s in range(steps, 2 * steps) if rois % s == 0), steps)
-    chunk = math.ceil(rois / steps)
-
-    def to_steps(x):
-        x = jnp.pad(x, [(0, 0), (0, steps * chunk - rois)] + [(0, 0)] * (x.ndim - 2))
-        x = jnp.moveaxis(x, 1, 0).reshape(chunk, steps, x.shape[0], *x.shape[2:])
-        return jnp.swapaxes(x, 0, 1)
-
-    return tuple(map(to_steps, operands))
-
-
 def _pool_roi(keys, image_index, row_start, row_end, col_start, col_end):
     width = keys.shape[1]
     image = image_of(keys, image_index)
@@ -152,12 +99,6 @@ def _pool_roi(keys, image_index, row_start, row_end, col_start, col_end):
     over_rows, rows = _max_over_bins(jnp.swapaxes(over_cols, 0, 1), row_start, row_end)
     cols = jnp.take_along_axis(jnp.swapaxes(cols, 0, 1), rows, axis=0, mode="clip")
     return over_rows, rows * width + cols
-
-
-def image_of(keys, image_index):
-    """The image of one RoI, or any if it has none."""
-    images = keys.shape[0]
-    return keys[0] if images == 1 else keys[jnp.clip(image_index, 0, images - 1)]
 
 
 def _max_over_bins(keys, start, end):
@@ -185,7 +126,3 @@ def _max_over_bins(keys, start, end):
         jnp.where(last_key == maximum, last, size),
     )
     return maximum, first
-
-
-def _lowest(dtype):
-    return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min

@@ -1,0 +1,348 @@
+"""Compares all that could be the default on a GPU, with torchvision and with the copy bandwidth.
+
+    pip install -e ".[benchmark]" && python benchmarks/gpu.py
+
+runs on JAX's default device, prints a table and writes `gpu.json` to the `--output` folder. Where
+there is no GPU, `--small --seconds 0.01` tries it out; its numbers mean nothing then. torchvision is
+compared on the same device if it is installed.
+
+Every answer is first compared with the CPU's: pooled features to the bit, gradients to rounding. A
+candidate that differs is an error and is not timed. Then each has one turn a round, in random order:
+as many calls in a row as take about `--seconds`, queued without waiting, and one wait for the last.
+So starting a call is not in its time, unless starting it takes longer than running it.
+
+"x floor" is how many times as long a call takes as moving its arrays once, at the bandwidth of a
+copy in the same run: features and pooled features; with the gradient, those, the cotangent and the
+features' gradient. Temporary memory is by XLA's account.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from candidates import FORWARD, GRADIENT, MODES, to_nchw, to_nhwc
+from measure import check
+from workloads import WORKLOADS, Inputs, Workload
+
+import jax_roipool
+from jax_roipool import _backends
+
+ROUNDS = 5
+COPY_BYTES, SMALL_COPY_BYTES = 1 << 30, 1 << 24
+# Largest error of a gradient, as a share of the largest: rounding of sums, and of what they give.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+# Module constants to try beside their own value: how much a chunk of RoIs may take.
+CHUNK_BYTES = {"xla": (1 << 28, 1 << 32), "dense": (1 << 30,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A call to time."""
+
+    run: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    outputs: Callable[[Any], tuple[np.ndarray, ...]]
+    temporary_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """One of this package's implementations, with its own size of chunks or another."""
+
+    implementation: str | None
+    chunk_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        if self.chunk_bytes is None:
+            return str(self.implementation)
+        return f"{self.implementation}, chunks of {self.chunk_bytes >> 20} MiB"
+
+    def prepare(self, inputs: Inputs, mode: str, device: jax.Device | None = None) -> Prepared:
+        arguments = jax.device_put(inputs, device or jax.devices()[0])
+        if mode == FORWARD:
+            arguments = arguments[:2]
+        pool = functools.partial(self._pool, inputs.cotangent.shape[1:3])
+        with self._chunks():
+            compiled = jax.jit(pool).lower(*arguments).compile()
+        return Prepared(
+            run=lambda: compiled(*arguments),
+            wait=jax.block_until_ready,
+            outputs=lambda result: tuple(np.asarray(x, np.float32) for x in result),
+            temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        )
+
+    def _pool(self, output_size, features, rois, cotangent=None):
+        def pool(features):
+            return jax_roipool.roi_pool(
+                features,
+                rois,
+                output_size,
+                convention="torchvision",
+                implementation=self.implementation,
+            )
+
+        if cotangent is None:
+            return (pool(features),)
+        pooled, pullback = jax.vjp(pool, features)
+        return pooled, *pullback(cotangent)
+
+    @contextlib.contextmanager
+    def _chunks(self) -> Iterator[None]:
+        if self.chunk_bytes is None:
+            yield
+            return
+        module = getattr(_backends, self.implementation)
+        before = module.CHUNK_BYTES
+        module.CHUNK_BYTES = self.chunk_bytes
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            module.CHUNK_BYTES = before
+            jax.clear_caches()
+
+
+class Torchvision:
+    """`torchvision.ops.roi_pool`, NCHW, on a CUDA device if JAX runs on a GPU."""
+
+    name = "torchvision"
+
+    def __init__(self) -> None:
+        import torch
+        import torchvision
+
+        self.torch, self.roi_pool = torch, torchvision.ops.roi_pool
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        torch.zeros(1, device=self.device)  # raises if this torch has no such device
+
+    def prepare(self, inputs: Inputs, mode: str) -> Prepared:
+        if inputs.features.dtype != np.float32:
+            raise NotImplementedError(f"it has none for {inputs.features.dtype}")
+        features = self.torch.from_numpy(to_nchw(inputs.features)).to(self.device)
+        features.requires_grad_(mode == GRADIENT)
+        cotangent = self.torch.from_numpy(to_nchw(inputs.cotangent)).to(self.device)
+        rois = self.torch.from_numpy(inputs.rois).to(self.device)
+        output_size = inputs.cotangent.shape[1:3]
+
+        def forward():
+            with self.torch.no_grad():
+                return (self.roi_pool(features, rois, output_size),)
+
+        def forward_and_gradient():
+            pooled = self.roi_pool(features, rois, output_size)
+            return pooled, *self.torch.autograd.grad(pooled, features, cotangent)
+
+        return Prepared(
+            run=forward if mode == FORWARD else forward_and_gradient,
+            wait=lambda _: self.torch.cuda.synchronize() if self.device == "cuda" else None,
+            outputs=lambda result: tuple(to_nhwc(x.detach().cpu().numpy()) for x in result),
+        )
+
+
+def candidates() -> tuple[list, dict[str, str]]:
+    """All that run here, torchvision last, and why others do not."""
+    found, missing = [], {}
+    for backend in _backends.BACKENDS:
+        problem = _backends.problem_with(backend, [jax.default_backend()])
+        if problem:
+            missing[backend.name] = problem
+            continue
+        sizes = (None, *CHUNK_BYTES.get(backend.name, ()))
+        found += [Ours(backend.name, chunk_bytes) for chunk_bytes in sizes]
+    try:
+        found.append(Torchvision())
+    except Exception as error:  # a library that is installed can fail to load in any way
+        missing[Torchvision.name] = f"{type(error).__name__}: {error}"
+    return found, missing
+
+
+def scatter_add() -> str:
+    """What XLA makes of a float32 scatter-add, by the assembly it dumps.
+
+    In jaxlib 0.10.2 and 0.11.0 it is a compare-and-swap loop, slow where many add to one cell
+    (https://github.com/jax-ml/jax/issues/38806), which gradients by scatter then suffer from.
+    """
+    if jax.default_backend() != "gpu":
+        return "not looked at, as there is no GPU"
+    arguments = jnp.ones(64), jnp.zeros(64, jnp.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        jax.jit(lambda x, at: jnp.zeros(8).at[at].add(x)).lower(*arguments).compile(
+            compiler_options={"xla_dump_to": folder}
+        )
+        assembly = "\n".join(file.read_text() for file in Path(folder).glob("*.ptx"))
+    return kind_of_atomics(assembly)
+
+
+def kind_of_atomics(ptx: str) -> str:
+    """The same, by the assembly."""
+    atomics = re.findall(r"\b(?:atom|red)\.[.\w]+", ptx)
+    if any(".cas" in atomic for atomic in atomics):
+        return "FAULTY: a compare-and-swap loop, jax-ml/jax#38806; gradients by scatter are slow"
+    if any(".add" in atomic for atomic in atomics):
+        return "native atomics"
+    return "unknown: XLA dumped no assembly with atomics in it"
+
+
+def copy_bandwidth(num_bytes: int, seconds: float) -> float:
+    """Bytes a second, read and written, of a copy with a change of sign."""
+    array = jnp.ones(num_bytes // 4)
+    negative = jax.jit(jnp.negative)
+    call = Prepared(lambda: negative(array), jax.block_until_ready, lambda _: ())
+    return 2 * num_bytes / time_in_turn({"copy": call}, seconds)["copy"]
+
+
+def time_in_turn(calls: dict[str, Prepared], seconds: float) -> dict[str, float]:
+    """Median seconds a call, over rounds in which each has one turn."""
+    repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
+    samples = {name: [] for name in calls}
+    rng = np.random.default_rng(0)
+    for _ in range(ROUNDS):
+        for name in rng.permutation(list(calls)):
+            samples[name].append(_seconds(calls[name], repeats[name]))
+    return {name: float(np.median(times)) for name, times in samples.items()}
+
+
+def _repeats(call: Prepared, seconds: float) -> int:
+    repeats = 1
+    while (taken := repeats * _seconds(call, repeats)) < seconds / 2:
+        repeats *= 2
+    return max(1, round(repeats * seconds / taken))
+
+
+def _seconds(call: Prepared, repeats: int) -> float:
+    call.wait(call.run())
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = call.run()
+    call.wait(result)
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(inputs: Inputs, mode: str, everyone: list, seconds: float) -> dict[str, Any]:
+    """Times of all whose answers are right, in ms, and what keeps the others from being timed."""
+    dtype = str(inputs.features.dtype)
+    reference = Ours(None).prepare(inputs, mode, jax.devices("cpu")[0])
+    expected = reference.outputs(reference.run())
+    calls, not_timed, errors = {}, {}, {}
+    for candidate in everyone:
+        try:
+            call = candidate.prepare(inputs, mode)
+            check(call.outputs(call.run()), expected, TOLERANCES[dtype])
+            calls[candidate.name] = call
+        except NotImplementedError as error:
+            not_timed[candidate.name] = str(error)
+        except Exception as error:  # whatever it is, the others can still be timed
+            errors[candidate.name] = f"{type(error).__name__}: {error}"
+    return {
+        "ms": {name: 1000 * s for name, s in time_in_turn(calls, seconds).items()},
+        "temporary MB": {name: (call.temporary_bytes or 0) / 1e6 for name, call in calls.items()},
+        "MB": moved(inputs, mode) / 1e6,
+        "not timed": not_timed,
+        "errors": errors,
+    }
+
+
+def moved(inputs: Inputs, mode: str) -> int:
+    """Bytes of the arrays that a call reads and writes."""
+    once = inputs.features.nbytes + inputs.rois.nbytes + inputs.cotangent.nbytes
+    return once if mode == FORWARD else 2 * once - inputs.rois.nbytes
+
+
+def rows(cell: dict[str, Any], bandwidth: float) -> Iterator[str]:
+    """A table of one workload, dtype and mode."""
+    floor = cell["MB"] / bandwidth  # MB a GB/s are ms
+    yield f"\n{cell['workload']}, {cell['dtype']}, {cell['mode']}: floor {floor:.4g} ms"
+    torchvision = cell["ms"].get(Torchvision.name)
+    for name, ms in sorted(cell["ms"].items(), key=lambda item: item[1]):
+        faster = f"{torchvision / ms:8.2f}x torchvision" if torchvision else ""
+        memory = "" if name == Torchvision.name else f"{cell['temporary MB'][name]:9.1f} MB"
+        yield f"  {name:26}{ms:10.4g} ms {ms / floor:8.1f}x floor {memory:>12} {faster}"
+    for name, reason in (cell["not timed"] | cell["errors"]).items():
+        yield f"  {name:26}{'ERROR: ' if name in cell['errors'] else ''}{reason}"
+
+
+def summary(cells: list[dict[str, Any]]) -> Iterator[str]:
+    """How far from the fastest each is, over the workloads of a dtype and mode."""
+    for dtype, mode in dict.fromkeys((cell["dtype"], cell["mode"]) for cell in cells):
+        times = [c["ms"] for c in cells if (c["dtype"], c["mode"]) == (dtype, mode)]
+        in_all = [name for name in times[0] if all(name in ms for ms in times)]
+        behind = {
+            name: float(np.exp(np.mean([np.log(ms[name] / min(ms.values())) for ms in times])))
+            for name in in_all
+        }
+        ranking = sorted(behind.items(), key=lambda item: item[1])
+        yield f"{dtype}, {mode}: " + "; ".join(f"{name} {x:.2f}x" for name, x in ranking)
+
+
+def main() -> int:
+    """Returns the exit status: 1 if a candidate failed or gave a wrong answer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--dtype", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
+    parser.add_argument("--seconds", type=float, default=0.2, help="of a turn (default 0.2)")
+    parser.add_argument("--small", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder")
+    arguments = parser.parse_args()
+
+    device = jax.devices()[0]
+    everyone, missing = candidates()
+    copied = SMALL_COPY_BYTES if arguments.small else COPY_BYTES
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{device.platform}: {device.device_kind}",
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "torch", "torchvision")},
+        "missing": missing,
+        "float32 scatter-add": scatter_add(),
+        "copy GB/s": copy_bandwidth(copied, arguments.seconds) / 1e9,
+    }
+    print(*(f"{name}: {value}" for name, value in results.items()), sep="\n")
+    results["cells"] = []
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.workload:
+        workload = WORKLOADS[name].small() if arguments.small else WORKLOADS[name]
+        for dtype in arguments.dtype:
+            inputs = _inputs(workload, dtype)
+            for mode in MODES:
+                cell = {"workload": name, "dtype": dtype, "mode": mode}
+                cell |= measure(inputs, mode, everyone, arguments.seconds)
+                results["cells"].append(cell)
+                print(*rows(cell, results["copy GB/s"]), sep="\n", flush=True)
+                (arguments.output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    print("\nTimes as long as the fastest, geometric mean:", *summary(results["cells"]), sep="\n")
+    return 1 if any(cell["errors"] for cell in results["cells"]) else 0
+
+
+def _inputs(workload: Workload, dtype: str) -> Inputs:
+    inputs = workload.inputs()
+    return inputs._replace(
+        features=inputs.features.astype(jnp.dtype(dtype)),
+        cotangent=inputs.cotangent.astype(jnp.dtype(dtype)),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
