@@ -3,13 +3,13 @@
     pip install -e ".[benchmark]" && python benchmarks/gpu.py
 
 runs on JAX's default device, prints a table and writes `gpu.json` to the `--output` folder. Where
-there is no GPU, `--small --seconds 0.01` tries it out; its numbers mean nothing then. torchvision is
-compared on the same device if it is installed.
+there is no GPU, `--small --seconds 0.01` tries it out; its numbers say nothing of a GPU then.
+torchvision is compared on the same device if it is installed.
 
 Every answer is first compared with the CPU's: pooled features to the bit, gradients to rounding. A
-candidate that differs is an error and is not timed. Then each has one turn a round, in random order:
-as many calls in a row as take about `--seconds`, queued without waiting, and one wait for the last.
-So starting a call is not in its time, unless starting it takes longer than running it.
+candidate that differs is an error and is not timed. Then each has one turn a round, in random
+order: as many calls in a row as take about `--seconds`, queued without waiting, and one wait for
+the last. So starting a call is not in its time, unless that takes longer than running it.
 
 "x floor" is how many times as long a call takes as moving its arrays once, at the bandwidth of a
 copy in the same run: features and pooled features; with the gradient, those, the cotangent and the
@@ -47,8 +47,12 @@ ROUNDS = 5
 COPY_BYTES, SMALL_COPY_BYTES = 1 << 30, 1 << 24
 # Largest error of a gradient, as a share of the largest: rounding of sums, and of what they give.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
-# Module constants to try beside their own value: how much a chunk of RoIs may take.
-CHUNK_BYTES = {"xla": (1 << 28, 1 << 32), "dense": (1 << 30,)}
+# Constants of the backends' modules to try other values of: how much they may take at once.
+SIZES = {
+    "xla": ("CHUNK_BYTES", (1 << 28, 1 << 32)),
+    "dense": ("CHUNK_BYTES", (1 << 30,)),
+    "table": ("TABLE_BYTES", (1 << 28, 1 << 30)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +67,22 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """One of this package's implementations, with its own size of chunks or another."""
+    """One of this package's implementations, at its own size or at another one of `SIZES`."""
 
     implementation: str | None
-    chunk_bytes: int | None = None
+    size: int | None = None
 
     @property
     def name(self) -> str:
-        if self.chunk_bytes is None:
-            return str(self.implementation)
-        return f"{self.implementation}, chunks of {self.chunk_bytes >> 20} MiB"
+        at = "" if self.size is None else f", {self.size >> 20} MiB at once"
+        return f"{self.implementation}{at}"
 
     def prepare(self, inputs: Inputs, mode: str, device: jax.Device | None = None) -> Prepared:
         arguments = jax.device_put(inputs, device or jax.devices()[0])
         if mode == FORWARD:
             arguments = arguments[:2]
         pool = functools.partial(self._pool, inputs.cotangent.shape[1:3])
-        with self._chunks():
+        with self._sized():
             compiled = jax.jit(pool).lower(*arguments).compile()
         return Prepared(
             run=lambda: compiled(*arguments),
@@ -104,18 +107,18 @@ class Ours:
         return pooled, *pullback(cotangent)
 
     @contextlib.contextmanager
-    def _chunks(self) -> Iterator[None]:
-        if self.chunk_bytes is None:
+    def _sized(self) -> Iterator[None]:
+        if self.size is None:
             yield
             return
-        module = getattr(_backends, self.implementation)
-        before = module.CHUNK_BYTES
-        module.CHUNK_BYTES = self.chunk_bytes
-        jax.clear_caches()
+        module, (constant, _) = getattr(_backends, self.implementation), SIZES[self.implementation]
+        before = getattr(module, constant)
+        setattr(module, constant, self.size)
+        jax.clear_caches()  # else it would not be traced again
         try:
             yield
         finally:
-            module.CHUNK_BYTES = before
+            setattr(module, constant, before)
             jax.clear_caches()
 
 
@@ -164,8 +167,8 @@ def candidates() -> tuple[list, dict[str, str]]:
         if problem:
             missing[backend.name] = problem
             continue
-        sizes = (None, *CHUNK_BYTES.get(backend.name, ()))
-        found += [Ours(backend.name, chunk_bytes) for chunk_bytes in sizes]
+        _, sizes = SIZES.get(backend.name, ("", ()))
+        found += [Ours(backend.name, size) for size in (None, *sizes)]
     try:
         found.append(Torchvision())
     except Exception as error:  # a library that is installed can fail to load in any way

@@ -56,8 +56,8 @@ def roi_pool(
       roi_mask: bool, `[K]`, `[N, K]` or `[R]`: True for a real RoI, False for padding.
       convention: `"partition"`, `"torchvision"`, `"openvino"`, `"chainer"`, or a
         `jax_roipool.Convention`.
-      implementation: `"cpu"`, `"tpu"`, `"dense"` or `"xla"`, or None for the best that the
-        platform has.
+      implementation: `"cpu"`, `"tpu"`, `"table"`, `"dense"` or `"xla"`, or None for the best that
+        the platform has.
 
     Returns:
       `[K, P, Q, C]`, `[N, K, P, Q, C]` or `[R, P, Q, C]`, of the features' dtype.

@@ -16,7 +16,7 @@ import interpreted_tpu
 from jax_roipool import _backends
 
 # A new backend is put under the whole suite by adding its name here.
-COMPILED_HERE = ("cpu", "xla", "dense", "table")
+COMPILED_HERE = ("cpu", "xla", "table", "dense")
 IMPLEMENTATIONS = (*COMPILED_HERE, interpreted_tpu.NAME)
 
 interpreted_tpu.install()
@@ -32,7 +32,7 @@ def skip_unless_it_can_be_used(implementation):
     if implementation == interpreted_tpu.NAME:
         interpreted_tpu.skip_unless_it_checks()
     (backend,) = (b for b in _backends.BACKENDS if b.name == implementation)
-    problem = _backends.problem_with(backend, ["cpu"])
+    problem = _backends.problem_with(backend, [jax.default_backend()])
     if problem is not None:
         pytest.skip(f"implementation {implementation!r}: {problem}")
 

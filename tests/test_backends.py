@@ -14,7 +14,8 @@ from jax_roipool import _backends
 
 FEATURES, ROIS = jnp.ones((4, 4, 1)), jnp.array([[0, 0, 4, 4]])
 # What gives an implementation away.
-PORTABLE, NATIVE, KERNEL = "stablehlo.scatter", "jax_roipool_cpu_max", "tpu_custom_call"
+PORTABLE, LOOKUP = "stablehlo.scatter", "stablehlo.reduce_window"
+NATIVE, KERNEL = "jax_roipool_cpu_max", "tpu_custom_call"
 
 
 @pytest.fixture
@@ -61,6 +62,18 @@ def test_none_is_the_best_that_the_platform_has():
     assert PORTABLE in exported(["cuda"])
 
 
+@pytest.mark.parametrize("platform", ("cuda", "rocm", "oneapi", "METAL"))
+def test_platforms_without_a_backend_of_their_own_take_the_portable_one(platform):
+    def both(features):
+        pooled, pullback = jax.vjp(pool(), features)
+        return pooled, *pullback(pooled)
+
+    lowered = jax.jit(both).trace(FEATURES).lower(lowering_platforms=(platform,)).as_text()
+    # Maxima and their cells, of rows and of columns, and the gradient.
+    assert lowered.count(f'"{PORTABLE}"(') == 5
+    assert "custom_call" not in lowered
+
+
 def test_a_name_overrules_the_best():
     assert PORTABLE in exported(["tpu"], "xla")
     assert KERNEL not in exported(["tpu"], "xla")
@@ -85,11 +98,11 @@ def test_a_name_must_suit_every_platform_of_the_program(native):
         exported(["cpu", "cuda", "rocm"], "cpu")
 
 
-def test_without_the_library_the_portable_path_serves_and_it_is_said_once(no_library, caplog):
+def test_without_the_library_a_portable_path_serves_and_it_is_said_once(no_library, caplog):
     with caplog.at_level(logging.WARNING, "jax_roipool"):
         assert (pool()(FEATURES) == 1).all()
         assert (pool()(2 * FEATURES) == 2).all()
-        assert PORTABLE in exported(["cpu"])
+        assert LOOKUP in exported(["cpu"])
     (record,) = caplog.records
     assert "'cpu' cannot be used: there is no library" in record.getMessage()
 

@@ -70,24 +70,42 @@ def no_fallback(monkeypatch):
     monkeypatch.setattr(table.xla, "rectangle_max", wrong)
 
 
+@pytest.fixture
+def sizes(monkeypatch):
+    def set_sizes(**constants):
+        for name, value in constants.items():
+            monkeypatch.setattr(table, name, value)
+
+    return set_sizes
+
+
 @pytest.mark.parametrize(
-    "channels_at_once",
+    ("channels", "channels_that_fit"),
     (
-        pytest.param(GROUPS * CHANNELS, id="all"),
-        pytest.param(GROUPS * CHANNELS - 1, id="a group"),
-        pytest.param(3, id="3 channels, then 3 of which one again"),
-        pytest.param(1, id="a channel"),
+        pytest.param(1, GROUPS * CHANNELS, id="all"),
+        pytest.param(1, GROUPS * CHANNELS - 1, id="a group"),
+        pytest.param(1, 3, id="3 channels, then 3 of which one again"),
+        pytest.param(1, 1, id="a channel"),
+        pytest.param(1, 0.5, id="a channel, though it does not fit"),
+        pytest.param(2, 0.5, id="2 channels, though they do not fit"),
     ),
 )
-def test_what_does_not_fit_one_table_is_taken_in_turn(channels_at_once, no_fallback, monkeypatch):
-    monkeypatch.setattr(table, "TABLE_BYTES", channels_at_once * BYTES_PER_CHANNEL)
+def test_what_does_not_fit_one_table_is_taken_in_turn(
+    channels, channels_that_fit, sizes, no_fallback
+):
+    sizes(CHANNELS=channels, TABLE_BYTES=int(channels_that_fit * BYTES_PER_CHANNEL))
     for actual, wanted in zip(pool_and_gradient(), expected(), strict=True):
         assert_same(actual, wanted)
 
 
-def test_a_channel_that_does_not_fit_a_table_is_pooled_without(monkeypatch):
-    monkeypatch.setattr(table, "TABLE_BYTES", BYTES_PER_CHANNEL - 1)
-    monkeypatch.setattr(table, "_pool_groups", None)
+def test_groups_that_an_index_cannot_reach_together_are_taken_in_turn(sizes, no_fallback):
+    sizes(INDEX_LIMIT=2 * WINDOWS)
+    for actual, wanted in zip(pool_and_gradient(), expected(), strict=True):
+        assert_same(actual, wanted)
+
+
+def test_a_table_that_an_index_cannot_reach_is_not_made(sizes):
+    sizes(INDEX_LIMIT=WINDOWS, _pool_groups=None)
     for actual, wanted in zip(pool_and_gradient(), expected(), strict=True):
         assert_same(actual, wanted)
 

@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_roipool
+from compiled import COLLECTIVES, MOVES
 from jax_roipool._backends import dense
 from jax_roipool._backends.tpu import schedule
-from tpu_compiler import COLLECTIVES, GENERATIONS, MOVES, Compiled, mesh, on_one_device
+from tpu_compiler import GENERATIONS, Compiled, mesh, on_one_device
 
 # Of this project's benchmark: features, number of RoIs.
 WORKLOADS = {

@@ -49,11 +49,11 @@ BACKENDS: tuple[Backend, ...] = (
     _backend(cpu, frozenset({"cpu"}), cpu.what_keeps_it_from_use, partitions=False),
     _backend(tpu, frozenset({"tpu"}), tpu.what_keeps_it_from_use, partitions=False),
     _backend(dense, None, lambda: None, partitions=True),
-    _backend(xla, None, lambda: None, partitions=True),
     _backend(table, None, lambda: None, partitions=False),
+    _backend(xla, None, lambda: None, partitions=True),
 )
 
-BEST_FIRST = {"cpu": ("cpu", "xla"), "tpu": ("tpu", "dense")}
+BEST_FIRST = {"cpu": ("cpu", "table", "xla"), "tpu": ("tpu", "dense")}
 """What implementation=None takes, by platform."""
 
 

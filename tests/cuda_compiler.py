@@ -1,0 +1,61 @@
+"""Programs for an H100, compiled by the compiler in JAX's CUDA plugin, which needs no GPU."""
+
+import functools
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from compiled import Program
+
+# As XLA describes the card, in part; from https://github.com/openxla/xla/pull/25919.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@functools.cache
+def device():
+    """A device to compile for; skips the test where there is no compiler."""
+    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        pytest.skip('the CUDA plugin of JAX is missing: pip install -e ".[cuda-compiler]"')
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    return topology.devices[0]
+
+
+def on_the_gpu(shape, dtype=np.float32):
+    """An argument to compile for."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device()))
+
+
+class Compiled(Program):
+    """A program for CUDA."""
+
+    def __init__(self, function, *arguments):
+        super().__init__("cuda", function, *arguments)
