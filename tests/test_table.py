@@ -71,43 +71,52 @@ def no_fallback(monkeypatch):
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    def set_sizes(**constants):
-        for name, value in constants.items():
-            monkeypatch.setattr(table, name, value)
+def tables(monkeypatch):
+    """What tables were made of: images and channels, of each that was traced."""
+    traced = []
 
-    return set_sizes
+    def make(cells, levels):
+        traced.append((cells[0].shape[0], cells[0].shape[-1]))
+        return _table(cells, levels)
+
+    _table = table._table
+    monkeypatch.setattr(table, "_table", make)
+    return traced
 
 
 @pytest.mark.parametrize(
-    ("channels", "channels_that_fit"),
+    ("channels", "channels_that_fit", "images_and_channels"),
     (
-        pytest.param(1, GROUPS * CHANNELS, id="all"),
-        pytest.param(1, GROUPS * CHANNELS - 1, id="a group"),
-        pytest.param(1, 3, id="3 channels, then 3 of which one again"),
-        pytest.param(1, 1, id="a channel"),
-        pytest.param(1, 0.5, id="a channel, though it does not fit"),
-        pytest.param(2, 0.5, id="2 channels, though they do not fit"),
+        pytest.param(1, GROUPS * CHANNELS, (GROUPS, CHANNELS), id="all"),
+        pytest.param(1, GROUPS * CHANNELS - 1, (1, CHANNELS), id="a group"),
+        pytest.param(1, 3, (1, 3), id="3 channels, then 3 of which one again"),
+        pytest.param(1, 1, (1, 1), id="a channel"),
+        pytest.param(1, 0.5, (1, 1), id="a channel, though it does not fit"),
+        pytest.param(2, 0.5, (1, 2), id="2 channels, though they do not fit"),
     ),
 )
 def test_what_does_not_fit_one_table_is_taken_in_turn(
-    channels, channels_that_fit, sizes, no_fallback
+    channels, channels_that_fit, images_and_channels, tables, no_fallback, monkeypatch
 ):
-    sizes(CHANNELS=channels, TABLE_BYTES=int(channels_that_fit * BYTES_PER_CHANNEL))
+    monkeypatch.setattr(table, "CHANNELS", channels)
+    monkeypatch.setattr(table, "TABLE_BYTES", int(channels_that_fit * BYTES_PER_CHANNEL))
     for actual, wanted in zip(pool_and_gradient(), expected(), strict=True):
         assert_same(actual, wanted)
+    assert set(tables) == {images_and_channels}
 
 
-def test_groups_that_an_index_cannot_reach_together_are_taken_in_turn(sizes, no_fallback):
-    sizes(INDEX_LIMIT=2 * WINDOWS)
+def test_groups_that_an_index_cannot_reach_together_are_taken_in_turn(tables, monkeypatch):
+    monkeypatch.setattr(table, "INDEX_LIMIT", 2 * WINDOWS)
     for actual, wanted in zip(pool_and_gradient(), expected(), strict=True):
         assert_same(actual, wanted)
+    assert set(tables) == {(1, CHANNELS)}
 
 
-def test_a_table_that_an_index_cannot_reach_is_not_made(sizes):
-    sizes(INDEX_LIMIT=WINDOWS, _pool_groups=None)
+def test_a_table_that_an_index_cannot_reach_is_not_made(tables, monkeypatch):
+    monkeypatch.setattr(table, "INDEX_LIMIT", WINDOWS)
     for actual, wanted in zip(pool_and_gradient(), expected(), strict=True):
         assert_same(actual, wanted)
+    assert not tables
 
 
 def large_bins():

@@ -36,7 +36,7 @@ scatter_at_argmax = xla.scatter_at_argmax
 
 def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
     """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
-    image_index, starts, ends = rectangles[0], rectangles[1::2], rectangles[2::2]
+    starts, ends = rectangles[1::2], rectangles[2::2]
     _, images, height, width, channels = features.shape
     levels = tuple(
         _levels(size, start.shape[2]) for size, start in zip((height, width), starts, strict=True)
@@ -67,12 +67,10 @@ def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
 
     if 2 ** levels[0] >= height and 2 ** levels[1] >= width:
         return by_table(features, *rectangles)
-    image = ((image_index >= 0) & (image_index < images))[:, :, None]
-    too_large = [
-        (image & (end - start > 2**n)).any()
-        for n, start, end in zip(levels, starts, ends, strict=True)
-    ]
-    return lax.cond(too_large[0] | too_large[1], by_xla, by_table, features, *rectangles)
+    rows, cols = (
+        (end - start > 2**n).any() for n, start, end in zip(levels, starts, ends, strict=True)
+    )
+    return lax.cond(rows | cols, by_xla, by_table, features, *rectangles)
 
 
 def _levels(size: int, bins: int) -> int:
@@ -120,7 +118,8 @@ def _pool_images(keys, *rectangles, levels, argmax_dtype, channels_at_once):
             for x, part in zip(results, pooled, strict=True)
         ], None
 
-    firsts = np.minimum(block * np.arange(blocks, dtype=np.int32), channels - block)
+    # Where the last block would reach too far, both slices begin sooner, at the same channel.
+    firsts = block * np.arange(blocks, dtype=np.int32)
     shape = (*row_start.shape, col_start.shape[1], channels)
     results = [jnp.zeros(shape, dtype) for dtype in (keys.dtype, argmax_dtype) if dtype]
     results = [vary_with(x, keys, *rectangles) for x in results]
@@ -146,15 +145,12 @@ def _table(cells, levels):
 
 def _widened(cells, axis, by):
     """The maximum of each cell and the one that is `by` after it, if there is one."""
-    neutral = nothing(cells)
-    window, dilation, padding = ([one] * 4 for one in (1, 1, (0, 0)))
-    window[axis], dilation[axis], padding[axis] = 2, by, (0, by)
-    # One kernel on a GPU; by slices and comparisons XLA makes several.
-    how = (window, (1,) * 4, padding)
-    if len(cells) == 1:
-        return [lax.reduce_window(*cells, *neutral, lax.max, *how, window_dilation=dilation)]
+    two = tuple(2 if i == axis else 1 for i in range(4))
+    apart = tuple(by if i == axis else 1 for i in range(4))
+    behind = tuple((0, by if i == axis else 0) for i in range(4))
+    # One kernel on a GPU; of slices and comparisons XLA makes several.
     return lax.reduce_window(
-        tuple(cells), tuple(neutral), first_maximum, *how, window_dilation=dilation
+        tuple(cells), tuple(nothing(cells)), _maximum, two, (1,) * 4, behind, window_dilation=apart
     )
 
 
@@ -180,9 +176,8 @@ def _look_up(table, image_index, rows, cols):
     for row, col in itertools.product(rows.starts, cols.starts):
         index = (image * height + row[:, :, None]) * width + col[:, None, :]
         four.append([x.at[index].get(mode="promise_in_bounds") for x in table])
-    maximum = first_maximum if len(table) == 2 else _larger
-    return functools.reduce(maximum, four)
+    return functools.reduce(_maximum, four)
 
 
-def _larger(one, other):
-    return (jnp.maximum(*one, *other),)
+def _maximum(one, other):
+    return first_maximum(one, other) if len(one) == 2 else (lax.max(*one, *other),)
