@@ -24,8 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_roipool import _backends
+from jax_roipool._partitioning import (
+    BINS,
+    MAPS,
+    RECTANGLES,
+    can_be_told_how,
+    in_auto_mode,
+    is_partitioned,
+    needs_devices,
+    on_each_device,
+)
 
 
 class Rectangles(NamedTuple):
@@ -49,8 +60,18 @@ class Options(NamedTuple):
 
     with_argmax: bool
     map_shape: tuple[int, int, int]  # n, H, W
+    map_sharding: NamedSharding  # of the features, as their type has it
     empty_value: float
     implementation: str | None
+
+    @property
+    def how(self) -> dict:
+        """The parameters by which a primitive is lowered."""
+        named = _backends.splits_by_itself(self.implementation)
+        return {
+            "implementation": self.implementation,
+            "needs_devices": None if named else needs_devices(),
+        }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -79,7 +100,8 @@ def _rectangle_max_bwd(options, residuals, cotangents):
         argmax,
         *rectangles,
         map_shape=options.map_shape,
-        implementation=options.implementation,
+        map_sharding=options.map_sharding,
+        **options.how,
     )
     return gradient, None
 
@@ -100,7 +122,7 @@ def _bind_max(features, rectangles, options, argmax_dtype):
             *rectangles,
             argmax_dtype=argmax_dtype and np.dtype(argmax_dtype),
             empty_value=options.empty_value,
-            implementation=options.implementation,
+            **options.how,
         )
     )
 
@@ -130,10 +152,16 @@ def _gather_at_argmax_stand_in(features, argmax, *rectangles):
     return _sum_of_maps(features) + cell.astype(features.dtype)
 
 
-def _scatter_at_argmax_stand_in(cotangent, argmax, *rectangles, map_shape):
+def _scatter_at_argmax_stand_in(cotangent, argmax, *rectangles, map_shape, map_sharding):
     cell = argmax + _sum_of_edges(*rectangles)
     shape = (cotangent.shape[0], *map_shape, cotangent.shape[-1])
-    return jnp.broadcast_to(_sum_of_maps(cotangent + cell.astype(cotangent.dtype)), shape)
+    maps = jnp.broadcast_to(_sum_of_maps(cotangent + cell.astype(cotangent.dtype)), shape)
+    cells = map_sharding.spec[1:4] if map_sharding else ()
+    if not any(cells):
+        return maps
+    groups, *_, channels = jax.typeof(maps).sharding.spec
+    sharding = NamedSharding(map_sharding.mesh, PartitionSpec(groups, *cells, channels))
+    return jax.sharding.reshard(maps, sharding)
 
 
 def _sum_of_edges(image_index, row_start, row_end, col_start, col_end):
@@ -147,8 +175,8 @@ def _sum_of_maps(x):
 
 
 def _types(stand_in: Callable, multiple_results: bool) -> Callable:
-    def rule(*operands, implementation, empty_value=None, **params):
-        del implementation, empty_value
+    def rule(*operands, implementation, needs_devices, empty_value=None, **params):
+        del implementation, needs_devices, empty_value
         types = jax.make_jaxpr(functools.partial(stand_in, **params))(*operands).out_avals
         return types if multiple_results else types[0]
 
@@ -158,20 +186,18 @@ def _types(stand_in: Callable, multiple_results: bool) -> Callable:
 # Derivatives.
 
 
-def _rectangle_max_jvp(primals, tangents, *, argmax_dtype, empty_value, implementation):
+def _rectangle_max_jvp(primals, tangents, *, argmax_dtype, empty_value, **how):
     pooled, argmax = rectangle_max_p.bind(
         *primals,
         argmax_dtype=argmax_dtype or np.dtype(_residual_dtype(primals[0])),
         empty_value=empty_value,
-        implementation=implementation,
+        **how,
     )
     tangent, rectangles = tangents[0], primals[1:]
     if isinstance(tangent, ad.Zero):
         pooled_dot = _zero_tangent(pooled)
     else:
-        pooled_dot = gather_at_argmax_p.bind(
-            tangent, argmax, *rectangles, implementation=implementation
-        )
+        pooled_dot = gather_at_argmax_p.bind(tangent, argmax, *rectangles, **how)
     if argmax_dtype is None:
         return [pooled], [pooled_dot]
     return [pooled, argmax], [pooled_dot, _zero_tangent(argmax)]
@@ -181,7 +207,7 @@ def _zero_tangent(primal):
     return ad.Zero(jax.typeof(primal).to_tangent_aval())
 
 
-def _gather_at_argmax_transpose(cotangent, features, argmax, *rectangles, implementation):
+def _gather_at_argmax_transpose(cotangent, features, argmax, *rectangles, **how):
     not_linear = [None] * (1 + len(rectangles))
     if isinstance(cotangent, ad.Zero):
         return ad.Zero(features.aval), *not_linear
@@ -190,18 +216,19 @@ def _gather_at_argmax_transpose(cotangent, features, argmax, *rectangles, implem
         argmax,
         *rectangles,
         map_shape=features.aval.shape[1:4],
-        implementation=implementation,
+        map_sharding=features.aval.sharding,
+        **how,
     )
     return gradient, *not_linear
 
 
 def _scatter_at_argmax_transpose(
-    gradient, cotangent, argmax, *rectangles, map_shape, implementation
+    gradient, cotangent, argmax, *rectangles, map_shape, map_sharding, **how
 ):
     not_linear = [None] * (1 + len(rectangles))
     if isinstance(gradient, ad.Zero):
         return ad.Zero(cotangent.aval), *not_linear
-    gathered = gather_at_argmax_p.bind(gradient, argmax, *rectangles, implementation=implementation)
+    gathered = gather_at_argmax_p.bind(gradient, argmax, *rectangles, **how)
     return gathered, *not_linear
 
 
@@ -218,29 +245,41 @@ def _jvp_linear_in_first(primitive: Primitive) -> None:
 
 def _batch_into_groups(primitive: Primitive, operands, dims, **params):
     """The mapped axis joins G."""
-    size = _mapped_size(operands, dims)
-    operands = [_mapped_at(0, *each, size) for each in zip(operands, dims, strict=True)]
-    results = primitive.bind(*(_join(operand, 0) for operand in operands), **params)
-    groups = operands[0].shape[1]
-    return _split(primitive, results, 0, (size, groups))
+    return _batch_into(0, primitive, operands, dims, **params)
 
 
 def _batch_into_rois(primitive: Primitive, operands, dims, **params):
     """The mapped axis joins K, as long as the features are not mapped themselves."""
-    if dims[0] is not None:
-        return _batch_into_groups(primitive, operands, dims, **params)
+    return _batch_into(0 if dims[0] is not None else 1, primitive, operands, dims, **params)
+
+
+def _batch_into(axis, primitive, operands, dims, **params):
+    """The mapped axis joins that one, G or K, in all operands that have it.
+
+    It becomes the outer part, or, if the axis is known to be sharded, the inner one: only the outer
+    part of an axis can be sharded.
+    """
+    untouched, operands, dims = operands[:axis], operands[axis:], dims[axis:]
     size = _mapped_size(operands, dims)
-    features, *others = operands
-    others = [_mapped_at(1, *each, size) for each in zip(others, dims[1:], strict=True)]
-    results = primitive.bind(features, *(_join(operand, 1) for operand in others), **params)
-    rois = others[0].shape[2]
-    return _split(primitive, results, 1, (size, rois))
+    at = axis + any(_is_sharded(axis, *each) for each in zip(operands, dims, strict=True))
+    operands = [_mapped_at(at, *each, size) for each in zip(operands, dims, strict=True)]
+    sizes = operands[0].shape[axis : axis + 2]
+    results = primitive.bind(*untouched, *(_join(x, axis) for x in operands), **params)
+    if not primitive.multiple_results:
+        return _split(results, axis, sizes), at
+    return [_split(result, axis, sizes) for result in results], [at] * len(results)
 
 
 def _mapped_size(operands, dims) -> int:
     return next(
         operand.shape[dim] for operand, dim in zip(operands, dims, strict=True) if dim is not None
     )
+
+
+def _is_sharded(axis, operand, dim) -> bool:
+    """Whether the type says that the operand's axis, not counting the mapped one, is sharded."""
+    spec = jax.typeof(operand).sharding.spec
+    return spec[axis + (dim is not None and dim <= axis)] is not None
 
 
 def _mapped_at(position, operand, dim, size):
@@ -258,15 +297,18 @@ def _join(operand, axis):
     return operand.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
 
-def _split(primitive, results, axis, sizes):
-    split = [
-        result.reshape(*result.shape[:axis], *sizes, *result.shape[axis + 1 :])
-        for result in (results if primitive.multiple_results else [results])
-    ]
-    return (split, [axis] * len(split)) if primitive.multiple_results else (split[0], axis)
+def _split(result, axis, sizes):
+    return result.reshape(*result.shape[:axis], *sizes, *result.shape[axis + 1 :])
 
 
 # Lowering, and what a call outside of jit does.
+
+_AXES = {
+    rectangle_max_p: (MAPS, *RECTANGLES, BINS),
+    gather_at_argmax_p: (MAPS, BINS, *RECTANGLES, BINS),
+    scatter_at_argmax_p: (BINS, BINS, *RECTANGLES, MAPS),
+}
+"""Those of each operand, and of a result."""
 
 
 def _lower(
@@ -275,26 +317,43 @@ def _lower(
     ctx: mlir.LoweringRuleContext,
     *operands,
     implementation,
+    needs_devices,
     **params,
 ):
     """Lowers for one platform, or, if it is None, for all that have no backend of their own."""
-    others = [p for p in ctx.module_context.platforms if p not in _backends.BEST_FIRST]
-    platforms = others if platform is None else [platform]
-    partitioned = _is_partitioned(ctx.module_context.axis_context)
-    backend = _backends.select(implementation, platforms, partitioned)
-    rule = mlir.lower_fun(
-        getattr(backend, primitive.name), multiple_results=primitive.multiple_results
-    )
-    return rule(ctx, *operands, **params)
+    partitioned = is_partitioned(ctx)
+    scatters = primitive is scatter_at_argmax_p
+    params.pop("map_sharding", None)  # which only types are made of
+    if partitioned and needs_devices and can_be_told_how(ctx):
+
+        def on_one_device(*operands, images):
+            how = params | {"implementation": implementation, "needs_devices": None}
+            if scatters:
+                how["map_shape"] = (images, *params["map_shape"][1:])
+                how["map_sharding"] = None
+            return primitive.bind(*operands, **how)
+
+        *operand_axes, result_axes = _AXES[primitive]
+        function = on_each_device(
+            _listing(primitive, on_one_device),
+            operand_axes,
+            [result_axes] * len(ctx.avals_out),
+            (ctx.avals_out if scatters else ctx.avals_in)[0].shape[1],  # pyright: ignore
+        )
+    else:
+        others = [p for p in ctx.module_context.platforms if p not in _backends.BEST_FIRST]
+        platforms = others if platform is None else [platform]
+        backend = _backends.select(implementation, platforms, partitioned)
+        function = functools.partial(getattr(backend, primitive.name), **params)
+        function = _listing(primitive, function)
+    rule = mlir.lower_fun(in_auto_mode(function, ctx), multiple_results=True)
+    return rule(ctx, *operands)
 
 
-def _is_partitioned(axis_context) -> bool:
-    """Whether XLA splits the program over devices by itself, as it does not under shard_map."""
-    if isinstance(axis_context, mlir.ShardingContext):
-        return axis_context.num_devices > 1
-    if isinstance(axis_context, mlir.SPMDAxisContext):
-        return axis_context.manual_axes != frozenset(axis_context.mesh.axis_names)
-    return False
+def _listing(primitive: Primitive, function: Callable) -> Callable:
+    if primitive.multiple_results:
+        return function
+    return lambda *operands, **params: [function(*operands, **params)]
 
 
 def _register(primitive: Primitive, stand_in: Callable, batching_rule: Callable) -> None:

@@ -154,9 +154,16 @@ def _roi_pool(
     cells = canonical_rois(rois, roi_mask, spatial_scale, images)
     rows = bin_edges(cells.y1, cells.y2, output_size[0], height, convention)
     cols = bin_edges(cells.x1, cells.x2, output_size[1], width, convention)
+    options = Options(
+        with_argmax,
+        (images, height, width),
+        jax.typeof(maps).sharding,
+        convention.empty_value,
+        implementation,
+    )
     results = rectangle_max(
         vary_with(maps, cells.image_index),
         Rectangles(cells.image_index, *rows, *cols),
-        Options(with_argmax, (images, height, width), convention.empty_value, implementation),
+        options,
     )
     return jax.tree.map(lambda x: x.reshape(*rois.shape[:-1], *x.shape[2:]), results)

@@ -101,6 +101,11 @@ def problem_with(backend: Backend, platforms: Sequence[str]) -> str | None:
     return backend.what_keeps_it_from_use()
 
 
+def splits_by_itself(implementation: str | None) -> bool:
+    """Whether it is named, and one that XLA can split over devices by itself."""
+    return implementation is not None and _named(implementation).partitions
+
+
 def _named(name: str) -> Backend:
     return next(backend for backend in BACKENDS if backend.name == name)
 
