@@ -74,14 +74,16 @@ def can_be_told_how(context: mlir.LoweringRuleContext) -> bool:
 def in_auto_mode(function: Callable, context: mlir.LoweringRuleContext) -> Callable:
     """`function` for operands of explicit shardings, its results sharded as their types say."""
     shardings = [x.sharding for x in (*context.avals_in, *context.avals_out)]  # pyright: ignore
-    meshes = [x.mesh for x in shardings if AxisType.Explicit in x.mesh.axis_types]
-    if not meshes:
+    mesh = next((x.mesh for x in shardings if AxisType.Explicit in x.mesh.axis_types), None)
+    if mesh is None:
         return function
+    by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in by_name if kind == AxisType.Explicit)
     specs = [sharding.spec for sharding in shardings[len(context.avals_in) :]]
 
     def call(*operands):
-        with jax.sharding.use_abstract_mesh(meshes[0]):
-            return jax.sharding.auto_axes(function, out_sharding=specs)(*operands)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)(*operands)
 
     return call
 

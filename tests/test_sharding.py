@@ -1,71 +1,51 @@
-"""Several devices: `shard_map` with its default checks, and `jit` over a mesh."""
+"""Several devices: `jit` over a mesh in both modes, `shard_map`, `pmap`, on eight host devices.
+
+`sharded.py` does it all in one process; here it is claim by claim.
+"""
 
 import json
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
+import jax
 import pytest
 
-# Host devices are counted when JAX starts, so this runs in a process of its own.
-PROGRAM = textwrap.dedent(
-    """
-    import json
-    import re
+# See `needs_devices` in _partitioning.py.
+TOLD_HOW = jax.__version_info__ >= (0, 8)
+EXPLICIT = jax.__version_info__ >= (0, 7)
 
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-
-    import jax_roipool
-
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
-    rng = np.random.default_rng(0)
-    features = jnp.asarray(rng.permutation(4 * 6 * 7 * 8).reshape(4, 6, 7, 8), jnp.float32)
-    rois = jnp.asarray(rng.uniform(-1, 7, (4, 8, 4)), jnp.float32)
-    cotangent = jnp.asarray(rng.integers(1, 9, (4, 8, 2, 2, 8)), jnp.float32)
-
-    def pool(features, rois):
-        return jax_roipool.roi_pool(features, rois, 2)
-
-    def gradient(pool):
-        return jax.grad(lambda features: (pool(features, rois) * cotangent).sum())(features)
-
-    SHARDED = {
-        "batch": (P("d"), P("d"), P("d")),
-        "channels": (P(None, None, None, "d"), P(), P(None, None, None, None, "d")),
-        "rois": (P(), P(None, "d"), P(None, "d")),
-    }
-    assert pool(features, rois).any()
-    assert gradient(pool).any()
-    result = {}
-    for name, (feature_spec, roi_spec, out_spec) in SHARDED.items():
-        mapped = jax.jit(
-            jax.shard_map(pool, mesh=mesh, in_specs=(feature_spec, roi_spec), out_specs=out_spec)
-        )
-        arguments = (
-            jax.device_put(features, NamedSharding(mesh, feature_spec)),
-            jax.device_put(rois, NamedSharding(mesh, roi_spec)),
-        )
-        compiled = jax.jit(pool).lower(*arguments).compile()
-        collectives = re.findall("all-gather|all-to-all|all-reduce|permute", compiled.as_text())
-        result[name] = {
-            "shard_map": bool((mapped(features, rois) == pool(features, rois)).all()),
-            "shard_map gradient": bool((gradient(mapped) == gradient(pool)).all()),
-            "jit": bool((compiled(*arguments) == pool(features, rois)).all()),
-            "jit without collectives": not collectives,
-        }
-    print(json.dumps(result))
-    """
-)
+MODES = ("auto", "explicit")
+# What the features are sharded over, if at all, and so their gradient, and what is pooled.
+TYPES = {
+    "batch": ("float32[8@x,9,10,8]", "float32[8@x,16,2,2,8]"),
+    "batch over all devices": ("float32[8@(x,y),9,10,8]", "float32[8@(x,y),16,2,2,8]"),
+    "channels": ("float32[8,9,10,8@y]", "float32[8,16,2,2,8@y]"),
+    "rois": ("float32[8,9,10,8]", "float32[8,16@x,2,2,8]"),
+    "batch and channels": ("float32[8@x,9,10,8@y]", "float32[8@x,16,2,2,8@y]"),
+    "batch and rois": ("float32[8@x,9,10,8]", "float32[8@x,16@y,2,2,8]"),
+    "rois and channels": ("float32[8,9,10,8@y]", "float32[8,16@x,2,2,8@y]"),
+}
+FLAT_TYPES = {
+    "rois": ("float32[8,9,10,8]", "float32[32@x,2,2,8]"),
+    "channels": ("float32[8,9,10,8@y]", "float32[32,2,2,8@y]"),
+    "batch and rois": ("float32[8@x,9,10,8]", "float32[32@x,2,2,8]"),
+    "batch": ("float32[8@x,9,10,8]", "float32[32,2,2,8]"),
+    "batch, rois elsewhere": ("float32[8@x,9,10,8]", "float32[32@y,2,2,8]"),
+}
+# The gradient of a device's part of the maps, where its RoIs are not all: the only thing to sum.
+SUMMED = {
+    "rois": "f32[8,1,9,10,8]",
+    "batch and rois": "f32[2,1,9,10,8]",
+    "rois and channels": "f32[8,1,9,10,4]",
+}
+MAPS_OF_ALL = "f32[1,8,9,10,8]"
 
 
 @pytest.fixture(scope="module")
-def result():
-    devices = "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'\n"
+def results():
     process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", devices + PROGRAM],
+        [sys.executable, "-W", "error", Path(__file__).with_name("sharded.py")],
         capture_output=True,
         text=True,
         timeout=600,
@@ -74,9 +54,132 @@ def result():
     return json.loads(process.stdout)
 
 
+@pytest.fixture(params=MODES)
+def mode(request):
+    if request.param == "explicit" and not EXPLICIT:
+        pytest.skip("explicit sharding is missing before JAX 0.7")
+    return request.param
+
+
+@pytest.fixture
+def cases(results, mode):
+    return results[mode]
+
+
+@pytest.fixture
+def told_how():
+    if not TOLD_HOW:
+        pytest.skip("XLA cannot be told how calls are split before JAX 0.8")
+
+
+def test_all_equal_one_device_to_the_bit(cases):
+    assert not [name for name, case in cases.items() if not case["same"]]
+    assert len(cases) > 40
+
+
+@pytest.mark.parametrize("layout", TYPES)
+def test_pooling_moves_nothing(layout, cases):
+    assert cases[layout]["moves"] == []
+    assert cases[f"shard_map, {layout}"]["moves"] == []
+
+
+@pytest.mark.parametrize("layout", TYPES)
+def test_the_gradient_moves_nothing_but_the_sum_over_rois(layout, cases):
+    wanted = [f"all-reduce {SUMMED[layout]}"] if layout in SUMMED else []
+    assert cases[f"shard_map, {layout}, gradient"]["moves"] == wanted
+    if TOLD_HOW:
+        assert cases[f"{layout}, gradient"]["moves"] == wanted
+
+
+def test_every_device_uses_the_native_kernel(native, cases, told_how):
+    assert not [name for name, case in cases.items() if not case["native"]]
+
+
+@pytest.mark.parametrize("layout", TYPES)
+def test_shard_map_uses_the_native_kernel(native, layout, cases):
+    assert cases[f"shard_map, {layout}"]["native"]
+    assert cases[f"shard_map, {layout}, gradient"]["native"]
+
+
+@pytest.mark.skipif(not EXPLICIT, reason="explicit sharding is missing before JAX 0.7")
+@pytest.mark.parametrize("layout", TYPES)
+def test_types_say_how_results_are_sharded(layout, results):
+    gradient, pooled = TYPES[layout]
+    argmax = pooled.replace("float32", "int32")
+    assert results["explicit"][layout]["types"] == [pooled, argmax]
+    assert results["explicit"][f"{layout}, gradient"]["types"] == [gradient]
+
+
+@pytest.mark.skipif(not EXPLICIT, reason="explicit sharding is missing before JAX 0.7")
+@pytest.mark.parametrize("layout", FLAT_TYPES)
+def test_types_say_how_results_of_flat_rois_are_sharded(layout, results):
+    gradient, pooled = FLAT_TYPES[layout]
+    argmax = pooled.replace("float32", "int32")
+    assert results["explicit"][f"flat, {layout}"]["types"] == [pooled, argmax]
+    assert results["explicit"][f"flat, {layout}, gradient"]["types"] == [gradient]
+
+
+def moves(case):
+    """Without the RoIs' own edges, which are small."""
+    return [move for move in case["moves"] if not move.startswith("all-gather s32[1,32")]
+
+
+@pytest.mark.parametrize("layout", ("rois", "channels"))
+def test_flat_rois_on_whole_features_move_nothing(layout, cases, told_how):
+    assert cases[f"flat, {layout}"]["moves"] == []
+    wanted = [f"all-reduce {MAPS_OF_ALL}"] if layout == "rois" else []
+    assert cases[f"flat, {layout}, gradient"]["moves"] == wanted
+
+
+def test_flat_rois_on_a_split_batch_move_bins_where_these_are_smaller(cases, told_how):
+    bins = "[1,8,2,2,8]"  # of a device's RoIs
+    assert moves(cases["flat, batch and rois"]) == [
+        f"reduce-scatter f32{bins}",
+        f"reduce-scatter s32{bins}",
+    ]
+
+
+def test_so_does_their_gradient(results, told_how):
+    # The cell of a bin goes to where the RoI is, and comes back with the cotangent. Maps stay.
+    assert moves(results["explicit"]["flat, batch and rois, gradient"]) == [
+        "all-gather f32[1,32,2,2,8]",
+        "all-gather s16[1,32,2,2,8]",
+        "reduce-scatter s32[1,8,2,2,8]",
+    ]
+
+
+def test_flat_rois_on_a_split_batch_move_maps_where_these_are_smaller(results, told_how):
+    for mode in MODES:
+        assert moves(results[mode]["flat, large bins"]) == [f"all-gather {MAPS_OF_ALL}"]
+    assert moves(results["explicit"]["flat, large bins, gradient"]) == [
+        f"all-gather {MAPS_OF_ALL}",
+        "reduce-scatter f32[1,2,9,10,8]",
+    ]
+
+
+def test_flat_rois_on_all_devices_sum_their_bins(cases, told_how):
+    assert moves(cases["flat, batch"]) == [
+        "all-reduce f32[1,32,2,2,8]",
+        "all-reduce s32[1,32,2,2,8]",
+    ]
+
+
 @pytest.mark.parametrize(
-    "claim", ("shard_map", "shard_map gradient", "jit", "jit without collectives")
+    "claim",
+    (
+        "pmap",
+        "pmap, gradient",
+        "shard_map over one axis of two",
+        "shard_map over one axis of two, gradient",
+        "a donated argument",
+        "outside of jit",
+        "vmap over a sharded batch",
+        "a second derivative",
+        "a mesh without devices",
+        "an exported program",
+    ),
 )
-@pytest.mark.parametrize("sharded", ("batch", "channels", "rois"))
-def test_sharded_pooling_equals_the_single_device(sharded, claim, result):
-    assert result[sharded][claim]
+def test_others(claim, results):
+    if claim.startswith("shard_map over one axis") and not EXPLICIT:
+        pytest.skip("shard_map over some of the axes is broken before JAX 0.7")
+    assert results["others"][claim]

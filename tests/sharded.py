@@ -1,0 +1,200 @@
+"""What becomes of the pooling on eight host devices, as JSON: for `test_sharding.py`.
+
+A program of its own, as host devices are counted when JAX starts.
+"""
+
+import json
+import os
+import re
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_roipool
+from compiled import COLLECTIVES, Program
+from harness import distinct_features, random_rois, whole_cotangent
+
+N, K, H, W, C, BINS = 8, 16, 9, 10, 8, 2
+FEATURES = distinct_features((N, H, W, C))
+ROIS = jnp.stack([random_rois(K, H, W, seed) for seed in range(N)])
+FLAT = random_rois(2 * K, H, W, images=N)
+COTANGENT = whole_cotangent((N, K, BINS, BINS, C))
+NATIVE = "jax_roipool_cpu"
+
+# Features, RoIs, what is pooled: over the axes "x" (4 devices) and "y" (2) of the mesh.
+BATCH = P("x"), P("x"), P("x")
+CHANNELS = P(None, None, None, "y"), P(), P(None, None, None, None, "y")
+LAYOUTS = {
+    "batch": BATCH,
+    "batch over all devices": (P(("x", "y")),) * 3,
+    "channels": CHANNELS,
+    "rois": (P(), P(None, "x"), P(None, "x")),
+    "batch and channels": (P("x", None, None, "y"), P("x"), P("x", None, None, None, "y")),
+    "batch and rois": (P("x"), P("x", "y"), P("x", "y")),
+    "rois and channels": (
+        P(None, None, None, "y"),
+        P(None, "x"),
+        P(None, "x", None, None, "y"),
+    ),
+}
+FLAT_LAYOUTS = {
+    "rois": (P(), P("x"), P("x")),
+    "channels": (P(None, None, None, "y"), P(), P(None, None, None, "y")),
+    "batch and rois": (P("x"), P("x"), P("x")),
+    "batch": (P("x"), P(), P()),
+    "batch, rois elsewhere": (P("x"), P("y"), P("y")),
+}
+
+
+def pool(features, rois, output_size=BINS, **options):
+    return jax_roipool.roi_pool_with_argmax(features, rois, output_size, **options)
+
+
+def gradient(features, rois, cotangent):
+    _, pullback = jax.vjp(lambda x: jax_roipool.roi_pool(x, rois, cotangent.shape[-2]), features)
+    return pullback(cotangent)[0]
+
+
+def same(actual, wanted):
+    return all(
+        bool((np.asarray(a) == np.asarray(b)).all())
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True)
+    )
+
+
+def run(function, *arguments, wanted=None):
+    """Whether the result is that of one device; collectives, as shapes; types; and the backend."""
+    if wanted is None:
+        wanted = jax.jit(function)(*map(np.asarray, arguments))
+    program = Program("cpu", function, *arguments)
+    moves = re.findall(rf"= (\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.text)
+    result = program.program(*arguments)
+    return {
+        "same": same(result, wanted),
+        "moves": sorted(f"{operation} {shape.split('{')[0]}" for shape, operation in moves),
+        "native": NATIVE in program.text,
+        "types": [str(jax.typeof(x)) for x in jax.tree.leaves(result)],
+        "specs": [str(tuple(x.sharding.spec)) for x in jax.tree.leaves(result)],
+    }
+
+
+def everything(mesh):
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    def sharded(layouts, rois, cotangent):
+        for name, (features_spec, rois_spec, pooled_spec) in layouts.items():
+            arguments = put(FEATURES, features_spec), put(rois, rois_spec)
+            yield name, run(pool, *arguments)
+            yield f"{name}, gradient", run(gradient, *arguments, put(cotangent, pooled_spec))
+
+    cases = dict(sharded(LAYOUTS, ROIS, COTANGENT))
+    # 32 RoIs of 4 bins are smaller than 8 maps of 90 cells, of 49 bins they are larger.
+    few, many = (whole_cotangent((2 * K, bins, bins, C)) for bins in (2, 7))
+    cases |= {f"flat, {name}": case for name, case in sharded(FLAT_LAYOUTS, FLAT, few)}
+    arguments = put(FEATURES, P("x")), put(FLAT, P("x"))
+    cases["flat, large bins"] = run(lambda *args: pool(*args, 7), *arguments)
+    cases["flat, large bins, gradient"] = run(gradient, *arguments, put(many, P("x")))
+    for dtype in ("bfloat16", "int16"):
+        arguments = put(FEATURES.astype(dtype), P("x")), put(FLAT, P("x"))
+        cases[f"flat, {dtype}"] = run(pool, *arguments)
+
+    for name, (features_spec, rois_spec, pooled_spec) in LAYOUTS.items():
+        mapped = jax.shard_map(
+            lambda x, rois: jax_roipool.roi_pool(x, rois, BINS),
+            mesh=mesh,
+            in_specs=(features_spec, rois_spec),
+            out_specs=pooled_spec,
+        )
+
+        def mapped_gradient(features, rois, cotangent, mapped=mapped):
+            return jax.vjp(lambda x: mapped(x, rois), features)[1](cotangent)[0]
+
+        arguments = put(FEATURES, features_spec), put(ROIS, rois_spec)
+        wanted = jax_roipool.roi_pool(FEATURES, ROIS, BINS)
+        cases[f"shard_map, {name}"] = run(mapped, *arguments, wanted=wanted)
+        arguments = *arguments, put(COTANGENT, pooled_spec)
+        wanted = gradient(FEATURES, ROIS, COTANGENT)
+        cases[f"shard_map, {name}, gradient"] = run(mapped_gradient, *arguments, wanted=wanted)
+    return cases
+
+
+def others():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    def pooled(features, rois, **options):
+        return jax_roipool.roi_pool(features, rois, BINS, **options)
+
+    def squared(features, rois):
+        return (pooled(features, rois) ** 2).sum()
+
+    features, rois = put(FEATURES, "x"), put(ROIS, "x")
+    wanted = pooled(FEATURES, ROIS)
+    wanted_gradient = jax.grad(squared)(FEATURES, ROIS)
+
+    def of_pairs(function):  # each device has an image, as a batch of one
+        return jax.pmap(function)(FEATURES[:, None], ROIS[:, None])[:, 0]
+
+    partly = jax.shard_map(
+        pooled, mesh=mesh, in_specs=(P("x"), P("x")), out_specs=P("x"), axis_names={"x"}
+    )
+    donated = put(FEATURES, "x")
+    jax.jit(lambda x, rois: (pooled(x, rois), x + 1), donate_argnums=0)(donated, rois)
+    abstract = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh.abstract_mesh, P("x")))
+        for x in (features, rois)
+    ]
+    by_name = jax.jit(lambda x, rois: pooled(x, rois, implementation="dense"))
+
+    def hessian_vector_product(x, rois):
+        return jax.jvp(lambda x: jax.grad(squared)(x, rois), (x,), (x,))[1]
+
+    claims = {
+        "pmap": same(of_pairs(pooled), wanted),
+        "pmap, gradient": same(of_pairs(jax.grad(squared)), wanted_gradient),
+        "a donated argument": donated.is_deleted(),
+        "outside of jit": same(pooled(features, rois), wanted),
+        "vmap over a sharded batch": same(jax.jit(jax.vmap(pooled))(features, rois), wanted),
+        "a second derivative": same(
+            jax.jit(hessian_vector_product)(features, rois), wanted_gradient
+        ),
+        "a mesh without devices": "stablehlo"
+        in by_name.trace(*abstract).lower(lowering_platforms=("tpu",)).as_text(),
+        "an exported program": export.export(jax.jit(pooled), platforms=("cuda",))(
+            features, rois
+        ).nr_devices
+        == 8,
+    }
+    if jax.__version_info__ >= (0, 7):  # before, any such program fails that has an is_finite
+        partly_gradient = jax.grad(lambda x: (partly(x, rois) ** 2).sum())
+        claims |= {
+            "shard_map over one axis of two": same(jax.jit(partly)(features, rois), wanted),
+            "shard_map over one axis of two, gradient": same(
+                jax.jit(partly_gradient)(features), wanted_gradient
+            ),
+        }
+    return claims
+
+
+def main():
+    modes = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+    if jax.__version_info__ < (0, 7):
+        del modes["explicit"]
+    results = {
+        name: everything(jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2))
+        for name, kind in modes.items()
+    }
+    print(json.dumps(results | {"others": others()}))
+
+
+if __name__ == "__main__":
+    main()
