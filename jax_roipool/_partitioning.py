@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,21 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr
 from jax.interpreters import mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 RECTANGLES = ("gk", "gkp", "gkp", "gkq", "gkq")
 MAPS, BINS = "gnhwc", "gkpqc"
 
 
-def needs_devices() -> ClosedJaxpr | None:
+def needs_devices(features: NamedSharding) -> ClosedJaxpr | None:
     """A parameter for primitives, with which JAX has the devices at hand when it lowers them.
 
     It has for every program in which there is a `custom_partitioning`, be it in the parameter of a
     primitive. It then refuses an `AbstractMesh`, and several meshes, so this is None wherever it
-    would be of no use.
+    would be of no use, as where the features' type says how they are sharded.
     """
     shardy = jax.config.jax_use_shardy_partitioner  # pyright: ignore[reportAttributeAccessIssue]
-    if jax.__version_info__ < (0, 8) or not shardy:
+    if jax.__version_info__ < (0, 8) or not shardy or _is_explicit(features.mesh):
         return None
     # On TPUs it does not work: https://github.com/jax-ml/jax/issues/38196
     if jax.device_count() == 1 or jax.default_backend() == "tpu":
@@ -60,118 +61,175 @@ def is_partitioned(context: mlir.LoweringRuleContext) -> bool:
     return False
 
 
-def can_be_told_how(context: mlir.LoweringRuleContext) -> bool:
-    """Whether XLA can be told, in a partitioned program, how a call is split."""
-    axis_context = context.module_context.axis_context
-    return (
-        isinstance(axis_context, mlir.ShardingContext)
-        and axis_context.device_assignment is not None
-        and axis_context.abstract_mesh is not None
-        and not context.module_context.lowering_parameters.for_export
-    )
-
-
 def in_auto_mode(function: Callable, context: mlir.LoweringRuleContext) -> Callable:
     """`function` for operands of explicit shardings, its results sharded as their types say."""
-    shardings = [x.sharding for x in (*context.avals_in, *context.avals_out)]  # pyright: ignore
-    mesh = next((x.mesh for x in shardings if AxisType.Explicit in x.mesh.axis_types), None)
+    mesh = _explicit_mesh(context)
     if mesh is None:
         return function
-    by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in by_name if kind == AxisType.Explicit)
-    specs = [sharding.spec for sharding in shardings[len(context.avals_in) :]]
+    specs = [result.sharding.spec for result in context.avals_out]  # pyright: ignore
 
     def call(*operands):
         with jax.sharding.use_abstract_mesh(mesh):
-            return jax.sharding.auto_axes(function, axes=explicit, out_sharding=specs)(*operands)
+            return jax.sharding.auto_axes(function, axes=_explicit_axes(mesh), out_sharding=specs)(
+                *operands
+            )
 
     return call
 
 
-def on_each_device(
-    function: Callable, operands: Sequence[str], results: Sequence[str], all_images: int
-) -> Callable:
-    """Calls `function(*parts, images=n)` on each device, with its part, and puts results together.
+def _explicit_mesh(context: mlir.LoweringRuleContext) -> Mesh | AbstractMesh | None:
+    """The mesh of the operands' and results' types, if it has explicit axes."""
+    types = (*context.avals_in, *context.avals_out)
+    meshes = (x.sharding.mesh for x in types)  # pyright: ignore[reportAttributeAccessIssue]
+    return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
 
-    `operands` and `results` name the axes of every array: `MAPS` of features and their gradient,
-    `BINS` of what is pooled and of argmaxes, and those of `RECTANGLES`. The results are a list.
+
+def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in by_name if kind == AxisType.Explicit)
+
+
+def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether all axes are, so that types say all there is to say."""
+    return not mesh.empty and _explicit_axes(mesh) == mesh.axis_names
+
+
+class Call(NamedTuple):
+    """What each device is to call with its part, and the axes of every array.
+
+    Those are `MAPS` of features and their gradient, `BINS` of what is pooled and of argmaxes, and
+    those of `RECTANGLES`. The results are a list.
     """
-    arrays = (*operands, *results)
-    scatters = MAPS in results
 
-    def partition(mesh, operand_types, result_types):
-        types = (*operand_types, *result_types)
-        split = functools.partial(_mesh_axes, list(zip(arrays, types, strict=True)))
-        g = split("g", ())
-        c = split("c", g)
-        k, n = split("k", (*g, *c)), split("n", (*g, *c))
-        bins, maps = (_num_bytes(axes, arrays, types) for axes in (BINS, MAPS))
+    function: Callable  # of operands and the keyword images, n
+    operands: Sequence[str]
+    results: Sequence[str]
+    images: int
+
+    def on_each_device(
+        self, context: mlir.LoweringRuleContext, has_devices: bool
+    ) -> Callable | None:
+        """The whole call, split over the devices; None where XLA cannot be told how."""
+        mesh = _explicit_mesh(context)
+        if mesh is not None and _is_explicit(mesh):
+            return self._by_types(mesh, context.avals_in, context.avals_out)
+        axis_context = context.module_context.axis_context
+        if (
+            has_devices
+            and isinstance(axis_context, mlir.ShardingContext)
+            and axis_context.device_assignment is not None
+            and axis_context.abstract_mesh is not None
+            and not context.module_context.lowering_parameters.for_export
+        ):
+            return in_auto_mode(self._by_propagation(), context)
+        return None
+
+    def _by_types(self, mesh: Mesh | AbstractMesh, operand_types, result_types) -> Callable:
+        plan = self._plan(mesh, operand_types, result_types)
+        on_one_device = jax.shard_map(
+            plan.on_one_device,
+            mesh=mesh,
+            in_specs=plan.in_specs,
+            out_specs=plan.out_specs,
+            check_vma=False,
+        )
+
+        def call(*operands):
+            results = on_one_device(*map(reshard, operands, plan.in_specs))
+            return [
+                reshard(x, result_type.sharding.spec)
+                for x, result_type in zip(results, result_types, strict=True)
+            ]
+
+        def reshard(x, spec):
+            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+        return call
+
+    def _by_propagation(self) -> Callable:
+        def partition(mesh, operand_types, result_types):
+            plan = self._plan(mesh, operand_types, result_types)
+            in_shardings, out_shardings = (
+                [NamedSharding(mesh, spec) for spec in specs]
+                for specs in (plan.in_specs, plan.out_specs)
+            )
+            return mesh, plan.on_one_device, out_shardings, tuple(in_shardings)
+
+        axes = dict.fromkeys("".join((*self.operands, *self.results)))
+        call = custom_partitioning(lambda *parts: self.function(*parts, images=self.images))
+        call.def_partition(
+            partition,
+            sharding_rule=" -> ".join(
+                ", ".join(" ".join(array) for array in arrays)
+                for arrays in (self.operands, self.results)
+            ),
+            reduction_factors=("k",) if MAPS in self.results else ("n",),
+            need_replication_factors=tuple(axis for axis in axes if axis in "hwpq"),
+        )
+        return call
+
+    def _plan(self, mesh: Mesh | AbstractMesh, operand_types, result_types) -> _Plan:
+        """How the call is split, by how its arrays are."""
+        arrays = list(
+            zip((*self.operands, *self.results), (*operand_types, *result_types), strict=True)
+        )
+        scatters = MAPS in self.results
+        g = _mesh_axes("g", arrays, mesh, taken=())
+        c = _mesh_axes("c", arrays, mesh, taken=g)
+        k, n = (_mesh_axes(axis, arrays, mesh, taken=g + c) for axis in "kn")
         together = k == n
-        # Gathered, or sums of them scattered; not at all; or whole sums.
+        bins, maps = (_num_bytes(axes, arrays) for axes in (BINS, MAPS))
+        # Gathered, or their sums scattered; not moved at all; summed.
         bins_moved = bins if together else 0 if scatters else 2 * bins
         own_images = bool(n) and bins_moved < maps
         k_of_operands = () if own_images and together else k
         n_of_maps = n if own_images or (scatters and together) else ()
         summed = k_of_operands if scatters else n_of_maps
 
-        def sharding(array, k):
-            by_axis = {"g": g, "c": c, "k": k, "n": n_of_maps}
-            spec = PartitionSpec(*(by_axis.get(axis) or None for axis in array))
-            return NamedSharding(mesh, spec)
-
         def on_one_device(*parts):
-            images = all_images
+            images = self.images
             if own_images:
                 images //= math.prod(mesh.shape[name] for name in n)
-                parts = _of_own_images(operands, parts, n, images)
+                parts = _of_own_images(self.operands, parts, n, images)
             first, *others = parts
-            if scatters and summed:  # sums of many, unlike those of bins, of which one is not 0
+            if scatters and summed:  # unlike a sum of bins, which has one that is not zero
                 first = first.astype(jnp.promote_types(first.dtype, jnp.float32))
-            result, *argmax = function(first, *others, images=images)
+            result, *argmax = self.function(first, *others, images=images)
             if summed:
                 result = _sum(result, summed, together).astype(parts[0].dtype)
                 argmax = [_sum(x + 1, summed, together).astype(x.dtype) - 1 for x in argmax]
             return [result, *argmax]
 
-        return (
-            mesh,
-            on_one_device,
-            [sharding(array, k) for array in results],
-            tuple(sharding(array, k_of_operands) for array in operands),
+        def specs(arrays, k):
+            split = {"g": g, "c": c, "k": k, "n": n_of_maps}
+            return [PartitionSpec(*(split.get(axis) or None for axis in array)) for array in arrays]
+
+        return _Plan(
+            on_one_device, tuple(specs(self.operands, k_of_operands)), specs(self.results, k)
         )
 
-    axes = dict.fromkeys("".join(arrays))
-    call = custom_partitioning(lambda *parts: function(*parts, images=all_images))
-    call.def_partition(
-        partition,
-        sharding_rule=f"{_spaced(operands)} -> {_spaced(results)}",
-        reduction_factors=("k",) if scatters else ("n",),
-        need_replication_factors=tuple(axis for axis in axes if axis in "hwpq"),
-    )
-    return call
+
+class _Plan(NamedTuple):
+    on_one_device: Callable
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: list[PartitionSpec]
 
 
-def _spaced(arrays: Sequence[str]) -> str:
-    return ", ".join(" ".join(array) for array in arrays)
-
-
-def _mesh_axes(arrays_and_types, axis: str, taken: tuple[str, ...]) -> tuple[str, ...]:
-    """What the axis is split over in the first array in which it is, but by none that is taken."""
-    for array, array_type in arrays_and_types:
+def _mesh_axes(axis: str, arrays, mesh, taken: tuple[str, ...]) -> tuple[str, ...]:
+    """What the axis is split over, evenly, in the first array in which it is."""
+    for array, array_type in arrays:
         if axis in array:
-            names = array_type.sharding.spec[array.index(axis)]
+            at = array.index(axis)
+            names = (*array_type.sharding.spec, *[None] * len(array))[at]
             names = (names,) if isinstance(names, str) else tuple(names or ())
-            if names and not set(names) & set(taken):
+            even = array_type.shape[at] % math.prod(mesh.shape[name] for name in names) == 0
+            if names and even and not set(names) & set(taken):
                 return names
     return ()
 
 
-def _num_bytes(axes: str, arrays: Sequence[str], types) -> int:
-    return sum(
-        math.prod(t.shape) * t.dtype.itemsize
-        for array, t in zip(arrays, types, strict=True)
-        if array == axes
-    )
+def _num_bytes(axes: str, arrays) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for array, x in arrays if array == axes)
 
 
 def _of_own_images(operands, parts, names, images):

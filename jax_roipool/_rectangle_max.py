@@ -31,11 +31,10 @@ from jax_roipool._partitioning import (
     BINS,
     MAPS,
     RECTANGLES,
-    can_be_told_how,
+    Call,
     in_auto_mode,
     is_partitioned,
     needs_devices,
-    on_each_device,
 )
 
 
@@ -70,7 +69,7 @@ class Options(NamedTuple):
         named = _backends.splits_by_itself(self.implementation)
         return {
             "implementation": self.implementation,
-            "needs_devices": None if named else needs_devices(),
+            "needs_devices": None if named else needs_devices(self.map_sharding),
         }
 
 
@@ -321,10 +320,11 @@ def _lower(
     **params,
 ):
     """Lowers for one platform, or, if it is None, for all that have no backend of their own."""
-    partitioned = is_partitioned(ctx)
     scatters = primitive is scatter_at_argmax_p
     params.pop("map_sharding", None)  # which only types are made of
-    if partitioned and needs_devices and can_be_told_how(ctx):
+    partitioned = is_partitioned(ctx)
+    function = None
+    if partitioned:
 
         def on_one_device(*operands, images):
             how = params | {"implementation": implementation, "needs_devices": None}
@@ -334,20 +334,19 @@ def _lower(
             return primitive.bind(*operands, **how)
 
         *operand_axes, result_axes = _AXES[primitive]
-        function = on_each_device(
+        function = Call(
             _listing(primitive, on_one_device),
             operand_axes,
             [result_axes] * len(ctx.avals_out),
             (ctx.avals_out if scatters else ctx.avals_in)[0].shape[1],  # pyright: ignore
-        )
-    else:
+        ).on_each_device(ctx, needs_devices is not None)
+    if function is None:
         others = [p for p in ctx.module_context.platforms if p not in _backends.BEST_FIRST]
         platforms = others if platform is None else [platform]
         backend = _backends.select(implementation, platforms, partitioned)
         function = functools.partial(getattr(backend, primitive.name), **params)
-        function = _listing(primitive, function)
-    rule = mlir.lower_fun(in_auto_mode(function, ctx), multiple_results=True)
-    return rule(ctx, *operands)
+        function = in_auto_mode(_listing(primitive, function), ctx)
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
 
 def _listing(primitive: Primitive, function: Callable) -> Callable:

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_roipool
@@ -219,7 +219,8 @@ def test_bins_are_neither_copied_nor_turned_over(workload):
     assert compiled.largest("copy", "copy-start", "transpose", "pad", "fusion") < pooled
 
 
-# Many devices. Where XLA splits the program by itself, compared cells stand in for the kernels.
+# Many devices. Where XLA splits the program by itself, and types do not say how, compared cells
+# stand in for the kernels.
 
 MAPS, ROIS = (8, 38, 50, 512), (8, 64, 4)
 ON_X = {
@@ -273,6 +274,40 @@ def test_shard_map_runs_the_kernels(split):
     compiled = Compiled(gradient, features, rois, cotangent)
     assert (compiled.kernels, compiled.count(*MOVES)) == (2, 0)
     assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
+
+
+@pytest.fixture
+def explicit():
+    """What takes a mesh into explicit mode."""
+    if jax.__version_info__ < (0, 7):
+        pytest.skip("explicit sharding is missing before JAX 0.7")
+    return {"kind": AxisType.Explicit}
+
+
+@pytest.mark.parametrize("split", (*ON_X, "batch and channels"))
+def test_explicit_shardings_run_the_kernels(split, explicit):
+    sizes = (4,) if split in ON_X else (2, 2)
+    features, rois, cotangent = sharded(mesh(*sizes, **explicit), ON_X.get(split, BOTH))
+    compiled = Compiled(pool(), features, rois)
+    assert (compiled.kernels, compiled.count(*MOVES)) == (1, 0)
+    assert_local(compiled)
+    compiled = Compiled(pullback(), features, rois, cotangent)
+    assert (compiled.kernels, compiled.count(*MOVES)) == (2, 0)
+    assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
+
+
+def test_explicit_shardings_of_flat_rois_move_bins_and_no_maps(explicit):
+    images, sharding = 8, NamedSharding(mesh(4, **explicit), P("x"))
+    shapes = (images, 100, 168, 256), (512, 5), (512, 7, 7, 256)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in shapes]
+    bins = nbytes(shapes[2], jnp.float32)
+    assert nbytes(shapes[0], jnp.float32) > 4 * bins
+    for program, kernels in (
+        (Compiled(pool(), *arguments[:2]), 1),
+        (Compiled(pullback(), *arguments), 2),
+    ):
+        assert program.kernels == kernels
+        assert 0 < program.largest(*COLLECTIVES) <= bins
 
 
 @pytest.mark.parametrize("rois", (64, 1000))

@@ -28,12 +28,11 @@ def on_one_device(shape, dtype=np.float32, generation="v5e"):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def mesh(*sizes, names="xy"):
-    """A mesh of v5e devices, four in all."""
+def mesh(*sizes, kind=AxisType.Auto):
+    """A mesh of v5e devices, four in all, of axes "x" and "y"."""
     count = int(np.prod(sizes))
     grid = np.array(devices()[:count]).reshape(sizes)
-    names = tuple(names[: len(sizes)])
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(grid, tuple("xy"[: len(sizes)]), axis_types=(kind,) * len(sizes))
 
 
 class Compiled(Program):
