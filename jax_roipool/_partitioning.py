@@ -77,7 +77,7 @@ def in_auto_mode(function: Callable, context: mlir.LoweringRuleContext) -> Calla
     return call
 
 
-def _explicit_mesh(context: mlir.LoweringRuleContext) -> Mesh | AbstractMesh | None:
+def _explicit_mesh(context: mlir.LoweringRuleContext) -> AbstractMesh | None:
     """The mesh of the operands' and results' types, if it has explicit axes."""
     types = (*context.avals_in, *context.avals_out)
     meshes = (x.sharding.mesh for x in types)  # pyright: ignore[reportAttributeAccessIssue]

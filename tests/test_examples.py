@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tpu_compiler
+from compiled import COLLECTIVES
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -149,4 +150,4 @@ def test_detectors_train_step_compiles_for_four_tpus(detector):
     )
     # Gradients of the weights, which every device has, are summed up; nothing is gathered.
     assert compiled.count("all-reduce") > 0
-    assert compiled.count(*tpu_compiler.COLLECTIVES) == compiled.count("all-reduce")
+    assert compiled.count(*COLLECTIVES) == compiled.count("all-reduce")
