@@ -11,6 +11,12 @@ gradient of the head reaches the backbone through the pooling.
 Every shape is static. An image has room for G digits and K regions, and masks tell which are in
 use, so that one compiled train step serves every batch, on CPU, GPU and TPU alike.
 
+Training is data-parallel over whatever devices there are: each has its share of a batch and all of
+the weights, and XLA adds up the gradients. The batch, and so the losses, do not depend on how many
+there are. Several processes train together if each is told its number, here 0 and 1 of 2:
+
+    for i in 0 1; do python examples/digits_detector.py --process $i/2 & done; wait
+
 Dimension letters:
     N        images of a batch
     G        true boxes of an image, MAX_DIGITS of them
@@ -26,9 +32,10 @@ import argparse
 import contextlib
 import functools
 import io
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +46,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -81,8 +89,8 @@ PROPOSAL_IOU, DETECTION_IOU = 0.7, 0.4  # a box that overlaps a better one by mo
 LEARNING_RATE = 1.5e-3
 WARM_UP = 100  # steps
 LOSSES = ("loss", "rpn object", "rpn box", "head class", "head box")  # the first is the others' sum
-SHOW_EVERY, SAVE_EVERY = 10, 100  # steps
-DETECTION_BATCH = 20
+SHOW_EVERY = 10  # steps
+DETECTION_BATCH = 20  # at least
 SHOWN_SCORE = 0.5  # detections below are left out of the picture
 
 
@@ -188,6 +196,37 @@ def compose_scenes(seeds: Sequence[Sequence[int]], sources: Sources) -> Scenes:
         scenes.labels[i, : len(boxes)] = labels
         scenes.mask[i, : len(boxes)] = True
     return scenes
+
+
+# Devices -----------------------------------------------------------------------------------------
+
+
+def make_mesh(batch_size: int) -> Mesh:
+    """Returns the devices that share a batch evenly, as many of each process, as an axis "data"."""
+    count = jax.process_count()
+    if batch_size % count:
+        sys.exit(f"error: --batch-size {batch_size} is not a multiple of {count} processes")
+    of_each = math.gcd(batch_size // count, jax.local_device_count())
+    by_process = [[d for d in jax.devices() if d.process_index == i] for i in range(count)]
+    devices = np.array([device for devices in by_process for device in devices[:of_each]])
+    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+
+def on_every_device(make: Callable[[], Any], mesh: Mesh) -> Any:
+    """Returns what `make` does, with all of its arrays whole on every device."""
+    return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+
+
+def share(size: int) -> range:
+    """Returns the rows of a batch that this process has."""
+    rows = size // jax.process_count()
+    return range(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
+def distribute(rows: Any, mesh: Mesh) -> Any:
+    """Spreads a batch over the devices, given the rows that this process has."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
 
 
 # Boxes -------------------------------------------------------------------------------------------
@@ -357,7 +396,6 @@ def select_detections(rois: Array, roi_mask: Array, logits: Array, deltas: Array
     return Detections(boxes[picked], labels[picked], mask & (scores[picked] > 0), scores[picked])
 
 
-@jax.jit
 def detect(state: TrainState, images: Array) -> Detections:
     """Finds the digits in images [N, IMAGE_SIZE, IMAGE_SIZE, 3]."""
     return jax.vmap(select_detections)(*state.apply_fn({"params": state.params}, images))
@@ -501,7 +539,10 @@ def save(
 def restore(
     manager: ocp.CheckpointManager, state: TrainState, settings: argparse.Namespace
 ) -> tuple[TrainState, list[Array]]:
-    """Returns the last checkpoint's state and losses; without a checkpoint, those to start from."""
+    """Returns the last checkpoint's state and losses; without a checkpoint, those to start from.
+
+    The state goes to where the given one is, whatever devices it was saved from.
+    """
     step = manager.latest_step()
     if step is None:
         return state, []
@@ -513,18 +554,18 @@ def restore(
             sys.exit(f"error: the checkpoint was made with another {name}, {log[name]}")
     if step > settings.steps:
         sys.exit(f"error: the checkpoint is at step {step} already, past --steps {settings.steps}")
-    # Restored arrays are tied to devices, which a fresh state's are not and would compile anew for.
-    return jax.device_get(restored["state"]), [np.array(row, np.float32) for row in log["losses"]]
+    return restored["state"], [np.array(row, np.float32) for row in log["losses"]]
 
 
-def train(settings: argparse.Namespace) -> tuple[TrainState, np.ndarray]:
+def train(settings: argparse.Namespace, mesh: Mesh) -> tuple[TrainState, np.ndarray]:
     """Trains, from the last checkpoint if there is one.
 
     Returns the final state and the losses [steps, len(LOSSES)].
     """
     sources = load_sources(TRAIN)
-    state, losses = create_state(settings.seed, settings.steps), []
-    key = jax.random.key(settings.seed)
+    state = on_every_device(lambda: create_state(settings.seed, settings.steps), mesh)
+    key = on_every_device(lambda: jax.random.key(settings.seed), mesh)
+    losses = []
     with contextlib.ExitStack() as stack:
         if settings.checkpoint:
             options = ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -533,16 +574,24 @@ def train(settings: argparse.Namespace) -> tuple[TrainState, np.ndarray]:
             state, losses = restore(manager, state, settings)
             # Runs at the end, after Ctrl-C too.
             stack.callback(lambda: save(manager, state, losses, settings))
-        bar = stack.enter_context(tqdm(total=settings.steps, initial=len(losses), desc="Training"))
+        bar = stack.enter_context(
+            tqdm(
+                total=settings.steps,
+                initial=len(losses),
+                desc="Training",
+                disable=jax.process_index() > 0,
+            )
+        )
         for step in range(len(losses), settings.steps):
-            seeds = [(settings.seed, TRAIN, step, i) for i in range(settings.batch_size)]
-            next_state, step_losses = train_step(state, compose_scenes(seeds, sources), key)
+            seeds = [(settings.seed, TRAIN, step, i) for i in share(settings.batch_size)]
+            scenes = distribute(compose_scenes(seeds, sources), mesh)
+            next_state, step_losses = train_step(state, scenes, key)
             losses.append(step_losses)
             state = next_state  # after the losses: a saved state has all of its losses
             bar.update()
             if step % SHOW_EVERY == 0:
                 bar.set_postfix(dict(zip(LOSSES, step_losses.tolist(), strict=True)))
-            if settings.checkpoint and (step + 1) % SAVE_EVERY == 0:
+            if settings.checkpoint and (step + 1) % settings.save_every == 0:
                 save(manager, state, losses, settings)
     return state, np.array(losses)
 
@@ -550,13 +599,16 @@ def train(settings: argparse.Namespace) -> tuple[TrainState, np.ndarray]:
 # Evaluation --------------------------------------------------------------------------------------
 
 
-def detect_all(state: TrainState, images: np.ndarray) -> Detections:
-    """Finds the digits in any number of images, DETECTION_BATCH of them at a time."""
+def detect_all(state: TrainState, images: np.ndarray, mesh: Mesh) -> Detections:
+    """Finds the digits in any number of images, a batch that the devices can share at a time."""
+    detect_on_mesh = jax.jit(detect, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    size = math.ceil(DETECTION_BATCH / mesh.size) * mesh.size
     batches = []
-    for start in range(0, len(images), DETECTION_BATCH):
+    for start in range(0, len(images), size):
         # The last batch is filled up with images from the front: one shape, one compilation.
-        rows = range(start, start + DETECTION_BATCH)
-        batches.append(jax.device_get(detect(state, images.take(rows, axis=0, mode="wrap"))))
+        rows = [start + i for i in share(size)]
+        batch = distribute(images.take(rows, axis=0, mode="wrap"), mesh)
+        batches.append(jax.device_get(detect_on_mesh(state, batch)))
     return Detections(
         *(np.concatenate(field)[: len(images)] for field in zip(*batches, strict=True))
     )
@@ -677,6 +729,14 @@ def folder(text: str) -> Path:
     return path
 
 
+def process(text: str) -> tuple[int, int]:
+    """Parses the number of a process, and how many there are."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number and a count, as 0/2 and 1/2")
+    return int(number), int(count)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
@@ -690,15 +750,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=seed_integer, default=0, help="decides the weights and all scenes")
     add("--output", type=folder, default="digits_detector", help="folder for the pictures")
     add("--checkpoint", type=folder, help="folder to save to, and to resume from if it has a save")
+    add("--save-every", type=positive_integer, default=100, help="steps from save to save")
+    add("--process", type=process, help="number of this process, and of how many, as 0/2")
+    add("--coordinator", default="localhost:9921", help="where process 0 can be reached")
     return parser.parse_args(argv)
+
+
+def start(settings: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any."""
+    if settings.process:
+        number, count = settings.process
+        jax.distributed.initialize(settings.coordinator, count, number)
 
 
 def run(settings: argparse.Namespace) -> None:
     """Trains, evaluates, writes the pictures and prints the result."""
-    state, losses = train(settings)
+    mesh = make_mesh(settings.batch_size)
+    state, losses = train(settings, mesh)
     seeds = [(settings.seed, HELD_OUT, i) for i in range(settings.scenes)]
     scenes = compose_scenes(seeds, load_sources(HELD_OUT))
-    detections = detect_all(state, scenes.images)
+    detections = detect_all(state, scenes.images, mesh)
+    if jax.process_index() > 0:
+        return  # the first one reports
     ap, ap50 = average_precision(scenes, detections)
     draw_detections(settings.output / "detections.png", scenes, detections)
     draw_losses(settings.output / "loss.png", losses)
@@ -709,6 +782,7 @@ def run(settings: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     settings = parse_arguments(argv)
+    start(settings)
     try:
         run(settings)
     except KeyboardInterrupt:

@@ -30,7 +30,11 @@ def main() -> None:
     for name in PLATFORMS:
         chosen = _backends.select(None, [name], partitioned=False)
         split = _backends.select(None, [name], partitioned=True)
-        otherwise = f", {split.name!r} where XLA splits it over devices by itself" if split != chosen else ""
+        otherwise = (
+            f", {split.name!r} where XLA splits it over devices by itself"
+            if split != chosen
+            else ""
+        )
         print(f"  {name}: {chosen.name!r}{otherwise}")
         for backend in _backends.BACKENDS:
             problem = _backends.problem_with(backend, [name])

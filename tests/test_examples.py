@@ -1,9 +1,12 @@
 """The examples, at a small size, as their users run them."""
 
-import functools
 import importlib.util
+import os
 import pathlib
 import re
+import signal
+import socket
+import subprocess
 import sys
 
 import jax
@@ -57,36 +60,107 @@ def test_detector_trains_evaluates_and_draws(detector, tmp_path, capsys):
     assert is_picture(output / "loss.png")
 
 
-def test_interrupted_detector_resumes_where_it_was(detector, tmp_path, monkeypatch, capsys):
-    def arguments(folder):
-        return detector.parse_arguments(
-            ["--steps", "4", "--output", str(tmp_path), "--checkpoint", str(tmp_path / folder)]
-        )
+STEPS = "6"
 
-    # One state to start from, and so one compilation.
-    monkeypatch.setattr(detector, "create_state", functools.cache(detector.create_state))
-    _, want = detector.train(arguments("straight"))
 
-    compose_scenes, calls = detector.compose_scenes, []
+@pytest.fixture(scope="module")
+def train(detector, tmp_path_factory):
+    """Trains in this process, on its one device; returns the losses."""
 
-    def interrupt(*args):
-        calls.append(args)
-        if len(calls) == 3:
+    def train(*arguments):
+        output = str(tmp_path_factory.mktemp("pictures"))
+        settings = detector.parse_arguments(["--steps", STEPS, "--output", output, *arguments])
+        return detector.train(settings, detector.make_mesh(settings.batch_size))[1]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def straight(train):
+    """The losses of a run on one device."""
+    return train()
+
+
+@pytest.fixture
+def composed(detector, monkeypatch):
+    """The steps of which scenes are composed; an exception may be put in the way of one."""
+    compose_scenes, steps = detector.compose_scenes, []
+
+    def compose(seeds, sources):
+        steps.append(seeds[0][2])
+        if compose.interrupted_at == len(steps):
             raise KeyboardInterrupt
-        return compose_scenes(*args)
+        return compose_scenes(seeds, sources)
 
-    monkeypatch.setattr(detector, "compose_scenes", interrupt)
-    command = ["--steps", "4", "--output", str(tmp_path)]
-    assert detector.main([*command, "--checkpoint", str(tmp_path / "interrupted")]) == 130
+    compose.interrupted_at, compose.steps = None, steps
+    monkeypatch.setattr(detector, "compose_scenes", compose)
+    return compose
+
+
+def in_processes(tmp_path, die_at_step, *arguments, processes=1, devices=1):
+    """Starts that many, waits for all, and returns their exit codes and the losses."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("run_detector.py"))]
+    command += [str(tmp_path / "losses.npy"), str(die_at_step)]
+    command += ["--steps", STEPS, "--output", str(tmp_path), *arguments]
+    started = [
+        subprocess.Popen(
+            [*command, "--process", f"{i}/{processes}", "--coordinator", coordinator]
+            if processes > 1
+            else command,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in started]
+    if any(process.returncode not in (0, -signal.SIGKILL) for process in started):
+        pytest.fail("\n".join(errors))
+    losses = tmp_path / "losses.npy"
+    codes = [process.returncode for process in started]
+    return codes, np.load(losses) if losses.exists() else None
+
+
+def test_interrupted_detector_resumes_where_it_was(
+    detector, train, straight, composed, tmp_path, capsys
+):
+    checkpoint = str(tmp_path / "checkpoint")
+    composed.interrupted_at = 3
+    command = ["--steps", STEPS, "--output", str(tmp_path), "--checkpoint", checkpoint]
+    assert detector.main(command) == 130
     assert "resumes" in capsys.readouterr().err
 
-    calls.clear()
-    monkeypatch.setattr(
-        detector, "compose_scenes", lambda *a: calls.append(a) or compose_scenes(*a)
-    )
-    _, losses = detector.train(arguments("interrupted"))
-    assert len(calls) == 2
-    np.testing.assert_allclose(losses, want, rtol=1e-5)
+    composed.interrupted_at = None
+    composed.steps.clear()
+    losses = train("--checkpoint", checkpoint)
+    assert composed.steps == [2, 3, 4, 5]
+    np.testing.assert_allclose(losses, straight, rtol=1e-5)
+
+
+def test_killed_detector_resumes_on_fewer_devices(train, straight, composed, tmp_path):
+    saved = ("--checkpoint", str(tmp_path / "checkpoint"), "--save-every", "2")
+    codes, losses = in_processes(tmp_path, 5, *saved, devices=4)
+    assert (codes, losses) == ([-signal.SIGKILL], None)
+    losses = train(*saved)
+    # A checkpoint is written while training goes on: that of step 4 may not have been complete.
+    assert composed.steps[0] in (2, 4)
+    np.testing.assert_allclose(losses, straight, rtol=1e-4)
+
+
+def test_detector_in_two_processes_has_the_losses_of_one(train, straight, composed, tmp_path):
+    saved = ("--checkpoint", str(tmp_path / "checkpoint"))
+    codes, losses = in_processes(tmp_path, -1, *saved, processes=2, devices=2)
+    assert codes == [0, 0]
+    np.testing.assert_allclose(losses, straight, rtol=1e-4)
+    # What two have saved, one can read; there is nothing left to do.
+    np.testing.assert_allclose(train(*saved), losses)
+    assert not composed.steps
 
 
 def test_detector_learns_through_the_pooling(detector):
@@ -122,6 +196,7 @@ def test_held_out_scenes_share_nothing_with_training(detector):
         (["--steps", "0"], "'0' is not a positive integer"),
         (["--steps", "many"], "'many' is not a positive integer"),
         (["--seed", "-1"], "'-1' is not an integer from 0"),
+        (["--process", "2/2"], "'2/2' is not a number and a count"),
         (["--output", __file__], "cannot be a folder"),
     ),
 )
