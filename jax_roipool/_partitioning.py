@@ -64,7 +64,7 @@ def is_partitioned(context: mlir.LoweringRuleContext) -> bool:
 def in_auto_mode(function: Callable, context: mlir.LoweringRuleContext) -> Callable:
     """`function` for operands of explicit shardings, its results sharded as their types say."""
     mesh = _explicit_mesh(context)
-    if mesh is None:
+    if mesh is None or not hasattr(jax.sharding, "auto_axes"):  # before JAX 0.7
         return function
     specs = [result.sharding.spec for result in context.avals_out]  # pyright: ignore
 

@@ -21,7 +21,7 @@ def names():
         "features": jnp.ones((N, 8, 8, CHANNELS)),
         "rois": jnp.broadcast_to(jnp.array([0.0, 0.0, 128.0, 128.0]), (N, K, 4)),
     }
-    for page in ("README.md", "docs/tpu.md"):
+    for page in ("README.md", "docs/tpu.md", "docs/sharding.md"):
         for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
             exec(block, names)
     return names
