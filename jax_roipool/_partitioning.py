@@ -181,7 +181,8 @@ class Call(NamedTuple):
         bins, maps = (_num_bytes(axes, arrays) for axes in (BINS, MAPS))
         # Gathered, or their sums scattered; not moved at all; summed.
         bins_moved = bins if together else 0 if scatters else 2 * bins
-        own_images = bool(n) and bins_moved < maps
+        # With k and n over some of the same devices, sums over n's would mix RoIs.
+        own_images = n != () and bins_moved < maps and (together or not set(k) & set(n))
         k_of_operands = () if own_images and together else k
         n_of_maps = n if own_images or (scatters and together) else ()
         summed = k_of_operands if scatters else n_of_maps

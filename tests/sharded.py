@@ -49,6 +49,7 @@ FLAT_LAYOUTS = {
     "batch and rois": (P("x"), P("x"), P("x")),
     "batch": (P("x"), P(), P()),
     "batch, rois elsewhere": (P("x"), P("y"), P("y")),
+    "batch, rois on some of its axes": (P(("x", "y")), P("x"), P("x")),
 }
 
 

@@ -32,6 +32,7 @@ FLAT_TYPES = {
     "batch and rois": ("float32[8@x,9,10,8]", "float32[32@x,2,2,8]"),
     "batch": ("float32[8@x,9,10,8]", "float32[32,2,2,8]"),
     "batch, rois elsewhere": ("float32[8@x,9,10,8]", "float32[32@y,2,2,8]"),
+    "batch, rois on some of its axes": ("float32[8@(x,y),9,10,8]", "float32[32@x,2,2,8]"),
 }
 # The gradient of a device's part of the maps, where its RoIs are not all: the only thing to sum.
 SUMMED = {
