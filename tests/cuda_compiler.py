@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from compiled import Program
 
@@ -41,17 +41,22 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @functools.cache
-def device():
-    """A device to compile for; skips the test where there is no compiler."""
+def devices():
+    """Four devices to compile for; skips the test where there is no compiler."""
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         pytest.skip('the CUDA plugin of JAX is missing: pip install -e ".[cuda-compiler]"')
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    return topology.devices[0]
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x4")
+    return topology.devices
 
 
 def on_the_gpu(shape, dtype=np.float32):
-    """An argument to compile for."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device()))
+    """An argument to compile for one."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(devices()[0]))
+
+
+def mesh(kind):
+    """A mesh of all four, of an axis "x"."""
+    return Mesh(np.array(devices()), ("x",), axis_types=(kind,))
 
 
 class Compiled(Program):

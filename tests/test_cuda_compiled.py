@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_roipool
-from cuda_compiler import Compiled, on_the_gpu
+from compiled import COLLECTIVES
+from cuda_compiler import Compiled, mesh, on_the_gpu
 from jax_roipool._backends import table
 
 # Of this project's benchmark: features, number of RoIs.
@@ -112,3 +115,36 @@ def test_temporary_memory_of_the_table(workload, dtype, argmax):
     bound = max(1 << 23, at_least) + keys + 3 * pooled + sums
     program = compiled("table", *WORKLOADS[workload], dtype, gradient=argmax)
     assert program.temporary_bytes < bound
+
+
+MAPS, ROIS = (8, 38, 50, 512), (8, 64, 4)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Explicit, AxisType.Auto))
+@pytest.mark.parametrize(
+    ("features", "rois", "pooled", "moves"),
+    (
+        pytest.param(P("x"), P("x"), P("x"), 0, id="batch"),
+        pytest.param(
+            P(None, None, None, "x"), P(), P(None, None, None, None, "x"), 0, id="channels"
+        ),
+        pytest.param(P(), P(None, "x"), P(None, "x"), 1, id="rois"),
+    ),
+)
+def test_four_gpus_move_nothing_but_the_sum_over_rois(
+    features, rois, pooled, moves, kind, monkeypatch
+):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)  # as where there are four
+    devices = mesh(kind)
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(devices, spec))
+        for shape, spec in ((MAPS, features), (ROIS, rois), ((8, 64, 7, 7, 512), pooled))
+    ]
+
+    def both(features, rois, cotangent):
+        pooled, pullback = jax.vjp(lambda x: jax_roipool.roi_pool(x, rois, 7), features)
+        return pooled, *pullback(cotangent)
+
+    jax.clear_caches()
+    program = Compiled(both, *arguments)
+    assert program.count("all-reduce") == program.count(*COLLECTIVES) == moves
