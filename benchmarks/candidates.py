@@ -173,27 +173,28 @@ class ONNXRuntime:
 
 
 class Torchvision:
-    """`torchvision.ops.roi_pool` on the CPU."""
+    """`torchvision.ops.roi_pool`, on the CPU or on a CUDA device, where a call only starts it."""
 
     name = "torchvision"
     modes = MODES
     convention = "torchvision"
     about = f"NCHW, {THREADS} threads allowed, new output"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         import torch
         from torchvision import __version__
         from torchvision.ops import roi_pool
 
         torch.set_num_threads(THREADS)
-        self.torch, self.roi_pool = torch, roi_pool
+        self.torch, self.roi_pool, self.device = torch, roi_pool, device
+        torch.zeros(1, device=device)  # raises if this torch has no such device
         self.version = __version__
 
     def prepare(self, inputs: Inputs, mode: str) -> Run:
-        features = self.torch.from_numpy(to_nchw(inputs.features))
+        features = self.torch.from_numpy(to_nchw(inputs.features)).to(self.device)
         features.requires_grad_(mode == GRADIENT)
-        cotangent = self.torch.from_numpy(to_nchw(inputs.cotangent))
-        rois = self.torch.from_numpy(inputs.rois)
+        cotangent = self.torch.from_numpy(to_nchw(inputs.cotangent)).to(self.device)
+        rois = self.torch.from_numpy(inputs.rois).to(self.device)
         output_size = inputs.cotangent.shape[1:3]
 
         def forward():
@@ -207,7 +208,7 @@ class Torchvision:
         return forward if mode == FORWARD else forward_and_gradient
 
     def outputs(self, result: Any) -> tuple[np.ndarray, ...]:
-        return tuple(to_nhwc(tensor.detach().numpy()) for tensor in result)
+        return tuple(to_nhwc(tensor.detach().cpu().numpy()) for tensor in result)
 
 
 class Fill:

@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from candidates import FORWARD, GRADIENT, MODES, to_nchw, to_nhwc
+from candidates import FORWARD, MODES, Torchvision
 from measure import check
 from workloads import WORKLOADS, Inputs, Workload
 
@@ -122,40 +122,19 @@ class Ours:
             jax.clear_caches()
 
 
-class Torchvision:
-    """`torchvision.ops.roi_pool`, NCHW, on a CUDA device if JAX runs on a GPU."""
-
-    name = "torchvision"
+class TorchvisionHere(Torchvision):
+    """torchvision on a CUDA device if JAX runs on a GPU, else on the CPU."""
 
     def __init__(self) -> None:
-        import torch
-        import torchvision
-
-        self.torch, self.roi_pool = torch, torchvision.ops.roi_pool
-        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        torch.zeros(1, device=self.device)  # raises if this torch has no such device
+        super().__init__("cuda" if jax.default_backend() == "gpu" else "cpu")
 
     def prepare(self, inputs: Inputs, mode: str) -> Prepared:
         if inputs.features.dtype != np.float32:
             raise NotImplementedError(f"it has none for {inputs.features.dtype}")
-        features = self.torch.from_numpy(to_nchw(inputs.features)).to(self.device)
-        features.requires_grad_(mode == GRADIENT)
-        cotangent = self.torch.from_numpy(to_nchw(inputs.cotangent)).to(self.device)
-        rois = self.torch.from_numpy(inputs.rois).to(self.device)
-        output_size = inputs.cotangent.shape[1:3]
-
-        def forward():
-            with self.torch.no_grad():
-                return (self.roi_pool(features, rois, output_size),)
-
-        def forward_and_gradient():
-            pooled = self.roi_pool(features, rois, output_size)
-            return pooled, *self.torch.autograd.grad(pooled, features, cotangent)
-
         return Prepared(
-            run=forward if mode == FORWARD else forward_and_gradient,
+            run=super().prepare(inputs, mode),
             wait=lambda _: self.torch.cuda.synchronize() if self.device == "cuda" else None,
-            outputs=lambda result: tuple(to_nhwc(x.detach().cpu().numpy()) for x in result),
+            outputs=self.outputs,
         )
 
 
@@ -170,7 +149,7 @@ def candidates() -> tuple[list, dict[str, str]]:
         _, sizes = SIZES.get(backend.name, ("", ()))
         found += [Ours(backend.name, size) for size in (None, *sizes)]
     try:
-        found.append(Torchvision())
+        found.append(TorchvisionHere())
     except Exception as error:  # a library that is installed can fail to load in any way
         missing[Torchvision.name] = f"{type(error).__name__}: {error}"
     return found, missing
