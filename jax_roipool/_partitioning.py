@@ -38,7 +38,7 @@ def needs_devices(features: NamedSharding) -> ClosedJaxpr | None:
     shardy = jax.config.jax_use_shardy_partitioner  # pyright: ignore[reportAttributeAccessIssue]
     if jax.__version_info__ < (0, 8) or not shardy or _is_explicit(features.mesh):
         return None
-    # On TPUs it does not work: https://github.com/jax-ml/jax/issues/38196
+    # TPUs have no custom_partitioning: https://github.com/jax-ml/jax/issues/38196
     if jax.device_count() == 1 or jax.default_backend() == "tpu":
         return None
     return _one_custom_partitioning()
@@ -120,6 +120,7 @@ class Call(NamedTuple):
             and axis_context.device_assignment is not None
             and axis_context.abstract_mesh is not None
             and not context.module_context.lowering_parameters.for_export
+            and "tpu" not in context.module_context.platforms
         ):
             return in_auto_mode(self._by_propagation(), context)
         return None

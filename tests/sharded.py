@@ -7,7 +7,8 @@ import json
 import os
 import re
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,8 @@ def others():
         ),
         "a mesh without devices": "stablehlo"
         in by_name.trace(*abstract).lower(lowering_platforms=("tpu",)).as_text(),
+        "a program for tpus": "CustomSPMDPartitioning"
+        not in jax.jit(pooled).trace(features, rois).lower(lowering_platforms=("tpu",)).as_text(),
         "an exported program": export.export(jax.jit(pooled), platforms=("cuda",))(
             features, rois
         ).nr_devices

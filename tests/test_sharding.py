@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.xdist_group("sharded")  # so that it is done once
+
 # See `needs_devices` in _partitioning.py.
 TOLD_HOW = jax.__version_info__ >= (0, 8)
 EXPLICIT = jax.__version_info__ >= (0, 7)
@@ -177,6 +179,7 @@ def test_flat_rois_on_all_devices_sum_their_bins(cases, told_how):
         "vmap over a sharded batch",
         "a second derivative",
         "a mesh without devices",
+        "a program for tpus",
         "an exported program",
     ),
 )
