@@ -18,8 +18,6 @@ from jax.sharding import PartitionSpec as P
 import tpu_compiler
 from compiled import COLLECTIVES
 
-pytestmark = pytest.mark.xdist_group("examples")  # what they compile is shared
-
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import jax
 import pytest
 
-pytestmark = pytest.mark.xdist_group("sharded")  # so that it is done once
-
 # See `needs_devices` in _partitioning.py.
 TOLD_HOW = jax.__version_info__ >= (0, 8)
 EXPLICIT = jax.__version_info__ >= (0, 7)
