@@ -56,3 +56,11 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-broadcast",
 )
+
+# Of this project's benchmark: features, number of RoIs.
+WORKLOADS = {
+    "vgg-train": ((1, 38, 50, 512), 128),
+    "vgg-infer": ((1, 38, 50, 512), 1000),
+    "fpn": ((2, 100, 168, 256), 512),
+    "fpn-p2": ((2, 200, 336, 256), 1024),
+}

@@ -82,7 +82,6 @@ def run(function, *arguments, wanted=None):
         "moves": sorted(f"{operation} {shape.split('{')[0]}" for shape, operation in moves),
         "native": NATIVE in program.text,
         "types": [str(jax.typeof(x)) for x in jax.tree.leaves(result)],
-        "specs": [str(tuple(x.sharding.spec)) for x in jax.tree.leaves(result)],
     }
 
 

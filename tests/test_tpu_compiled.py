@@ -12,18 +12,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_roipool
-from compiled import COLLECTIVES, MOVES
+from compiled import COLLECTIVES, MOVES, WORKLOADS
 from jax_roipool._backends import dense
 from jax_roipool._backends.tpu import schedule
 from tpu_compiler import GENERATIONS, Compiled, mesh, on_one_device
 
-# Of this project's benchmark: features, number of RoIs.
-WORKLOADS = {
-    "vgg-train": ((1, 38, 50, 512), 128),
-    "vgg-infer": ((1, 38, 50, 512), 1000),
-    "fpn": ((2, 100, 168, 256), 512),
-    "fpn-p2": ((2, 200, 336, 256), 1024),
-}
 DTYPES = (jnp.float32, jnp.bfloat16)
 ids = {"ids": lambda dtype: jnp.dtype(dtype).name}
 

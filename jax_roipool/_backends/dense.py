@@ -21,8 +21,7 @@ from jax_roipool._backends.portable import (
     image_of,
     map_in_chunks,
     nothing,
-    pool_by_keys,
-    pool_rois_in_chunks,
+    pool_in_chunks,
     to_chunks,
 )
 from jax_roipool._manual_axes import vary_with
@@ -35,16 +34,11 @@ def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
     """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
     groups, images, height, width, channels = features.shape
     columns = rectangles[3].shape[2] + (width if images > 1 else 0)  # or its own image, a copy
-    return pool_by_keys(
-        lambda keys: pool_rois_in_chunks(
-            functools.partial(_pool_roi, with_argmax=argmax_dtype is not None),
-            keys,
-            rectangles,
-            _rois_at_a_time(groups * height * columns * channels),
-            2 if argmax_dtype else 1,
-        ),
+    return pool_in_chunks(
+        functools.partial(_pool_roi, with_argmax=argmax_dtype is not None),
         features,
         rectangles,
+        _rois_at_a_time(groups * height * columns * channels),
         argmax_dtype=argmax_dtype,
         empty_value=empty_value,
     )

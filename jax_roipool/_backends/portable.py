@@ -66,17 +66,32 @@ def first_maximum(one, other):
     return lax.select(other_wins, other_key, key), lax.select(other_wins, other_index, index)
 
 
-def pool_rois_in_chunks(
-    pool_roi: Callable, keys: jax.Array, rectangles: Sequence[jax.Array], chunk: int, results: int
+def pool_in_chunks(
+    pool_roi: Callable,
+    features: jax.Array,
+    rectangles: Sequence[jax.Array],
+    chunk: int,
+    *,
+    argmax_dtype,
+    empty_value: float,
 ) -> list[jax.Array]:
-    """The first of the results of `pool_roi(keys, *rectangle)`, for all RoIs: `[G, K, P, Q, C]`.
+    """`rectangle_max` of a portable backend, by what it does for one RoI.
 
-    It gets one RoI, and the keys of its group in the axes `[n, W, H, C]`.
+    `pool_roi(keys, *rectangle)` gives maxima, and argmaxes if asked for, `[P, Q, C]` of one RoI in
+    keys `[n, W, H, C]`.
     """
-    keys = jnp.moveaxis(keys, 3, 2)  # columns lead: the first pass runs over them
-    # What is not wanted, XLA does not compute.
-    return map_in_chunks(
-        lambda rectangles: jax.vmap(pool_roi)(keys, *rectangles)[:results], rectangles, chunk
+    results_wanted = 2 if argmax_dtype else 1  # what is not wanted, XLA does not compute
+
+    def pool(keys):
+        keys = jnp.moveaxis(keys, 3, 2)  # columns lead: the first pass runs over them
+        return map_in_chunks(
+            lambda rectangles: jax.vmap(pool_roi)(keys, *rectangles)[:results_wanted],
+            rectangles,
+            chunk,
+        )
+
+    return pool_by_keys(
+        pool, features, rectangles, argmax_dtype=argmax_dtype, empty_value=empty_value
     )
 
 

@@ -13,12 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_roipool._backends.portable import (
-    INDEX_LIMIT,
-    image_of,
-    pool_by_keys,
-    pool_rois_in_chunks,
-)
+from jax_roipool._backends.portable import INDEX_LIMIT, image_of, pool_in_chunks
 
 CHUNK_BYTES = 1 << 22
 """RoIs are pooled so many at a time that a copy of their feature maps takes about this much.
@@ -30,16 +25,11 @@ Measured on two CPU cores: a larger chunk leaves the cache and is three times sl
 def rectangle_max(features, *rectangles, argmax_dtype, empty_value):
     """See `jax_roipool._rectangle_max`: maxima, and argmaxes if asked for, `[G, K, P, Q, C]`."""
     bytes_per_roi = features[:, :1].nbytes
-    return pool_by_keys(
-        lambda keys: pool_rois_in_chunks(
-            _pool_roi,
-            keys,
-            rectangles,
-            max(1, CHUNK_BYTES // max(1, bytes_per_roi)),
-            2 if argmax_dtype else 1,
-        ),
+    return pool_in_chunks(
+        _pool_roi,
         features,
         rectangles,
+        max(1, CHUNK_BYTES // max(1, bytes_per_roi)),
         argmax_dtype=argmax_dtype,
         empty_value=empty_value,
     )
