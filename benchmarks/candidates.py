@@ -26,7 +26,7 @@ import numpy as np
 from workloads import Inputs
 
 import jax_roipool
-from jax_roipool._backends import best_first
+from jax_roipool._backends.rectangle_max import FAMILY
 
 FORWARD, GRADIENT = "forward", "forward + gradient"
 MODES = (FORWARD, GRADIENT)
@@ -39,7 +39,7 @@ def available() -> tuple[list, dict[str, str]]:
     """The candidates that run here, this package's best first, and why others do not."""
     ours = {
         f"jax_roipool {name}": functools.partial(JaxRoIPool, name)
-        for name in best_first(jax.default_backend())
+        for name in FAMILY.candidates(None, jax.default_backend())
     }
     others = {c.name: c for c in (OpenVINO, ONNXRuntime, Torchvision, Fill, FillFresh)}
     found, missing = [], {}

@@ -9,8 +9,8 @@ import sys
 import jax
 
 import jax_roipool
-from jax_roipool import _backends
-from jax_roipool._backends import cpu
+from jax_roipool._backends import problem_with
+from jax_roipool._backends.rectangle_max import FAMILY, cpu
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -23,21 +23,19 @@ def main() -> None:
     print(f"devices: {', '.join(map(str, jax.devices()))}")
 
     print(f"native library: {cpu.library_path() or 'none'}")
-    problem = cpu.what_keeps_it_from_use()
+    problem = cpu.unavailable_reason()
     print(f"  not loaded: {problem}" if problem else f"  loaded, vectors: {cpu.vectors()}")
 
     print("implementation=None, by the platform that a program is compiled for:")
-    for name in PLATFORMS:
-        chosen = _backends.select(None, [name], partitioned=False)
-        split = _backends.select(None, [name], partitioned=True)
-        otherwise = (
-            f", {split.name!r} where XLA splits it over devices by itself"
-            if split != chosen
-            else ""
+    for platform_name in PLATFORMS:
+        chosen, split = (
+            FAMILY.choose(None, [platform_name], partitioned)[0].name
+            for partitioned in (False, True)
         )
-        print(f"  {name}: {chosen.name!r}{otherwise}")
-        for backend in _backends.BACKENDS:
-            problem = _backends.problem_with(backend, [name])
+        otherwise = f", {split!r} where XLA splits it over devices by itself"
+        print(f"  {platform_name}: {chosen!r}{otherwise if split != chosen else ''}")
+        for backend in FAMILY.backends:
+            problem = problem_with(backend, [platform_name])
             if problem:
                 print(f"    not {backend.name!r}: {problem}")
 

@@ -15,11 +15,12 @@ def vary_with(x: jax.Array, *others: jax.Array) -> jax.Array:
     that were added, as it has to be where only another array is sharded.
     """
     axes = tuple(frozenset().union(*map(_varying, others)) - _varying(x))
-    if not axes:
-        return x
-    if hasattr(lax, "pcast"):
-        return lax.pcast(x, axes, to="varying")
-    return lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]  # before JAX 0.8
+    return lax.pcast(x, axes, to="varying") if axes else x
+
+
+def vary_together(*arrays: jax.Array) -> list[jax.Array]:
+    """The arrays, each varying over every mesh axis that one of them varies over."""
+    return [vary_with(x, *arrays) for x in arrays]
 
 
 def result_of(

@@ -1,19 +1,21 @@
-"""How XLA splits the primitives over the devices of a mesh.
+"""How a primitive's arrays are split over the devices of a mesh, and what each device then does.
 
-Groups, RoIs and channels are pooled independently: a device that has its part of them needs no
-other's, and only the gradient is summed over the devices that share the RoIs.
+Every axis of an array has a letter with one meaning throughout: g groups, n images of a group, k
+RoIs, c channels; the rest is never split. Groups, RoIs and channels are independent: a device that
+has its part of them needs no other's. Where a result has no k, it is a sum over RoIs, and devices
+that have different RoIs add up their parts.
 
 Where the images of a group are split (flat RoIs on a split batch), a RoI can be on one device and
-its image on another. Then either the features move, or the bins do: each device pools all RoIs that
-are in its own images, and the bins are brought to where their RoIs are. That is decided by what is
-smaller.
+its image on another. Then either the maps move or the bins do; `plan` decides, by what is smaller.
+The plan is made of shapes and shardings alone; `shard_map_of` and `custom_partitioning_of` turn it
+into a function for the program.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,31 +26,173 @@ from jax.extend.core import ClosedJaxpr
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-RECTANGLES = ("gk", "gkp", "gkp", "gkq", "gkq")
-MAPS, BINS = "gnhwc", "gkpqc"
+
+class Axes(NamedTuple):
+    """The letters of the axes of a primitive's operands and results, one string an array."""
+
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+    packed_index: int | None  # the operand whose last axis starts with the RoI's image index
+
+    @property
+    def sums_rois(self) -> bool:
+        """Whether results are sums over RoIs."""
+        return "k" not in self.results[0]
 
 
-def needs_devices(features: NamedSharding) -> ClosedJaxpr | None:
-    """A parameter for primitives, with which JAX has the devices at hand when it lowers them.
+class Plan(NamedTuple):
+    """What each device has, and what becomes of its results."""
 
-    It has for every program in which there is a `custom_partitioning`, be it in the parameter of a
-    primitive. It then refuses an `AbstractMesh`, and several meshes, so this is None wherever it
-    would be of no use, as where the features' type says how they are sharded.
+    in_specs: tuple[PartitionSpec, ...]
+    out_specs: tuple[PartitionSpec, ...]
+    images_over: tuple[str, ...]  # mesh axes over which a device has its own images alone
+    summed_over: tuple[str, ...]  # mesh axes over which the devices' results are added up
+    summed_onto: str | None  # the axis along which each device keeps its part of the sum
+
+
+def plan(axes: Axes, types: Sequence, mesh: Mesh | AbstractMesh) -> Plan:
+    """How a call is split, by how the arrays of its operands and results are.
+
+    Where RoIs are split over the mesh axes k, and images over n:
+
+    |                | a device takes      | results with RoIs | results that sum RoIs   |
+    |----------------|---------------------|-------------------|-------------------------|
+    | images stay,   | its RoIs, those in  | summed over n     | summed over k           |
+    | k and n apart  | its images          |                   |                         |
+    | images stay,   | all RoIs that are   | summed over n, to | complete                |
+    | k is n         | in its images       | where RoIs are    |                         |
+    | maps are       | its RoIs            | complete          | summed over k, to where |
+    | gathered       |                     |                   | images are if k is n    |
     """
-    shardy = jax.config.jax_use_shardy_partitioner  # pyright: ignore[reportAttributeAccessIssue]
-    if jax.__version_info__ < (0, 8) or not shardy or _is_explicit(features.mesh):
-        return None
-    # TPUs have no custom_partitioning: https://github.com/jax-ml/jax/issues/38196
-    if jax.device_count() == 1 or jax.default_backend() == "tpu":
-        return None
-    return _one_custom_partitioning()
+    arrays = list(zip((*axes.operands, *axes.results), types, strict=True))
+    g, c, k, n = (mesh_axes(arrays)[axis] for axis in "gckn")
+    together = n != () and k == n
+    images_stay = _images_stay(axes, arrays, k, n)
+    if images_stay:
+        k_of_operands, n_of_maps = () if together else k, n
+        summed = k_of_operands if axes.sums_rois else n
+        onto = "k" if together and not axes.sums_rois else None
+    else:
+        onto = "n" if together and axes.sums_rois else None
+        k_of_operands, n_of_maps = k, n if onto else ()
+        summed = k if axes.sums_rois else ()
+
+    def specs(arrays, k):
+        split = {"g": g, "c": c, "k": k, "n": n_of_maps}
+        return tuple(
+            PartitionSpec(*(split.get(axis) or None for axis in array)) for array in arrays
+        )
+
+    return Plan(
+        specs(axes.operands, k_of_operands),
+        specs(axes.results, k),
+        n if images_stay else (),
+        summed,
+        onto,
+    )
 
 
-@functools.cache
-def _one_custom_partitioning() -> ClosedJaxpr:
-    call = custom_partitioning(lambda x: x)
-    call.def_partition(lambda mesh, operands, results: None, sharding_rule="i -> i")
-    return jax.make_jaxpr(call)(jax.ShapeDtypeStruct((1,), jnp.int32))
+def _images_stay(axes: Axes, arrays, k: tuple[str, ...], n: tuple[str, ...]) -> bool:
+    """Whether a device pools what lies in its own images; else it gets all of them."""
+    if n == () or axes.packed_index is None:
+        return False
+    if k != n and set(k) & set(n):
+        return False  # a sum over n would mix RoIs
+    bins, maps = (
+        sum(math.prod(x.shape) * x.dtype.itemsize for array, x in arrays if {axis, "c"} < {*array})
+        for axis in "kn"
+    )
+    # Bins are gathered, or their sums spread; not moved at all; or summed.
+    bins_moved = bins if k == n else 0 if axes.sums_rois else 2 * bins
+    return bins_moved < maps
+
+
+def mesh_axes(arrays) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that each axis is split over; `arrays` are pairs of letters and a type.
+
+    Where arrays disagree, the first one that is split says how. A mesh axis splits one axis of an
+    array, groups and channels first; RoIs and images may be split over the same one.
+    """
+    g = _split_over("g", arrays, taken=())
+    c = _split_over("c", arrays, taken=g)
+    k, n = (_split_over(axis, arrays, taken=g + c) for axis in "kn")
+    return {"g": g, "c": c, "k": k, "n": n}
+
+
+def _split_over(axis: str, arrays, taken: tuple[str, ...]) -> tuple[str, ...]:
+    """The mesh axes, none of them taken, that an axis is split over evenly."""
+    for array, array_type in arrays:
+        if axis in array:
+            at = array.index(axis)
+            names = (*array_type.sharding.spec, *[None] * len(array))[at]
+            names = (names,) if isinstance(names, str) else tuple(names or ())
+            parts = math.prod(array_type.sharding.mesh.shape[name] for name in names)
+            if names and array_type.shape[at] % parts == 0 and not set(names) & set(taken):
+                return names
+    return ()
+
+
+def on_one_device(
+    plan: Plan,
+    axes: Axes,
+    absent: Sequence[int],
+    images: int,
+    mesh_shape: Mapping[str, int],
+    function: Callable,
+) -> Callable:
+    """What each device calls with its parts: `function`, and the sums that the plan asks for.
+
+    Args:
+      absent: what each result of `function` has for a RoI without an image.
+      images: n, the number of images of a group.
+      function: of the parts and the keyword `images`, those of a group on this device; a list.
+    """
+    if plan.images_over:
+        images //= math.prod(mesh_shape[name] for name in plan.images_over)
+
+    def call(*parts):
+        first, *others = parts
+        dtype = first.dtype
+        if axes.sums_rois and plan.summed_over:
+            first = first.astype(jnp.promote_types(dtype, jnp.float32))
+        parts = [first, *others]
+        at = axes.packed_index
+        if plan.images_over and at is not None:
+            parts[at] = _count_from_own_images(parts[at], plan.images_over, images)
+        results = function(*parts, images=images)
+        if not plan.summed_over:
+            return results
+        onto = None if plan.summed_onto is None else axes.results[0].index(plan.summed_onto)
+        # Of the devices that pool a RoI one has its image; the others have what `absent` says.
+        sums = [
+            _sum(x - jnp.asarray(none, x.dtype), plan.summed_over, onto)
+            for x, none in zip(results, absent, strict=True)
+        ]
+        results = [x + jnp.asarray(none, x.dtype) for x, none in zip(sums, absent, strict=True)]
+        return [results[0].astype(dtype), *results[1:]]
+
+    return call
+
+
+def _count_from_own_images(packed: jax.Array, names: tuple[str, ...], images: int) -> jax.Array:
+    """`packed`, `[G, K, ...]`, with image indices that count from this device's first image on."""
+    own = packed - images * lax.axis_index(names)
+    own = jnp.where((own >= 0) & (own < images), own, -1)
+    lane = lax.broadcasted_iota(jnp.int32, packed.shape, packed.ndim - 1)
+    return jnp.where(lane == 0, own, packed)
+
+
+def _sum(x: jax.Array, names: tuple[str, ...], onto: int | None) -> jax.Array:
+    """The sum over devices: all of it on each of them, or its part along the axis `onto`."""
+    dtype = x.dtype
+    if jnp.issubdtype(dtype, jnp.integer):
+        x = x.astype(jnp.promote_types(dtype, jnp.int32))  # not every platform adds smaller ones
+    if onto is None:
+        return lax.psum(x, names).astype(dtype)
+    return lax.psum_scatter(x, names, scatter_dimension=onto, tiled=True).astype(dtype)
+
+
+# The plan as a part of the program, in the two ways that JAX has.
 
 
 def is_partitioned(context: mlir.LoweringRuleContext) -> bool:
@@ -61,12 +205,122 @@ def is_partitioned(context: mlir.LoweringRuleContext) -> bool:
     return False
 
 
-def in_auto_mode(function: Callable, context: mlir.LoweringRuleContext) -> Callable:
-    """`function` for operands of explicit shardings, its results sharded as their types say."""
-    mesh = _explicit_mesh(context)
-    if mesh is None or not hasattr(jax.sharding, "auto_axes"):  # before JAX 0.7
-        return function
-    specs = [result.sharding.spec for result in context.avals_out]  # pyright: ignore
+def explicit_mesh(types: Sequence) -> AbstractMesh | None:
+    """The mesh of the arrays' types, if it has explicit axes."""
+    meshes = (x.sharding.mesh for x in types)
+    return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+
+
+def is_explicit(mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether all axes of the mesh are, so that types say all there is to say."""
+    return mesh is not None and _explicit_axes(mesh) == tuple(mesh.axis_names)
+
+
+def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in by_name if kind == AxisType.Explicit)
+
+
+def shard_map_of(
+    axes: Axes, operand_types: Sequence, result_types: Sequence, mesh, device_function: Callable
+) -> Callable:
+    """The call where types say how all arrays are split, over a mesh of explicit axes.
+
+    `device_function(plan, mesh)` is what `on_one_device` gives.
+    """
+    made = plan(axes, (*operand_types, *result_types), mesh)
+    on_each = jax.shard_map(
+        device_function(made, mesh),
+        mesh=mesh,
+        in_specs=made.in_specs,
+        out_specs=list(made.out_specs),
+        check_vma=False,
+    )
+
+    def call(*operands):
+        results = on_each(*map(reshard, operands, made.in_specs))
+        return [
+            reshard(x, result_type.sharding.spec)
+            for x, result_type in zip(results, result_types, strict=True)
+        ]
+
+    def reshard(x, spec):
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return call
+
+
+def custom_partitioning_of(axes: Axes, whole: Callable, device_function: Callable) -> Callable:
+    """The call where XLA settles how arrays are split, and asks what each device is to do.
+
+    `whole` is the function of whole arrays, `device_function(plan, mesh)` what `on_one_device`
+    gives.
+    """
+
+    def partition(mesh, operand_types, result_types):
+        made = plan(axes, (*operand_types, *result_types), mesh)
+        in_shardings, out_shardings = (
+            [NamedSharding(mesh, spec) for spec in specs]
+            for specs in (made.in_specs, made.out_specs)
+        )
+        return mesh, device_function(made, mesh), out_shardings, tuple(in_shardings)
+
+    letters = dict.fromkeys("".join((*axes.operands, *axes.results)))
+    call = custom_partitioning(whole)
+    call.def_partition(
+        partition,
+        sharding_rule=" -> ".join(
+            ", ".join(" ".join(array) for array in arrays)
+            for arrays in (axes.operands, axes.results)
+        ),
+        reduction_factors=tuple(axis for axis in "kn" if axis not in axes.results[0]),
+        need_replication_factors=tuple(axis for axis in letters if axis not in "gnkc"),
+    )
+    return call
+
+
+def takes_custom_partitioning(context: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA will ask, and has the devices: see `device_marker`."""
+    module = context.module_context
+    return (
+        isinstance(module.axis_context, mlir.ShardingContext)
+        and module.axis_context.device_assignment is not None
+        and module.axis_context.abstract_mesh is not None
+        and not module.lowering_parameters.for_export
+        # https://github.com/jax-ml/jax/issues/38196
+        and "tpu" not in module.platforms
+    )
+
+
+def device_marker(types: Sequence) -> ClosedJaxpr | None:
+    """A parameter for primitives, with which JAX has the devices at hand when it lowers them.
+
+    JAX looks for `custom_partitioning` in a program and in the parameters of its primitives
+    (`jaxpr_has_prim_requiring_devices`), and where there is one it lowers for a concrete mesh. It
+    then refuses an `AbstractMesh`, and several meshes, so this is None wherever it would be of no
+    use: on one device, on TPUs, and where the types say how the arrays are split.
+    """
+    shardy = jax.config.jax_use_shardy_partitioner  # pyright: ignore[reportAttributeAccessIssue]
+    if not shardy or is_explicit(explicit_mesh(types)):
+        return None
+    if jax.device_count() == 1 or jax.default_backend() == "tpu":
+        return None
+    return _one_custom_partitioning()
+
+
+@functools.cache
+def _one_custom_partitioning() -> ClosedJaxpr:
+    call = custom_partitioning(lambda x: x)
+    call.def_partition(lambda mesh, operands, results: None, sharding_rule="i -> i")
+    return jax.make_jaxpr(call)(jax.ShapeDtypeStruct((1,), jnp.int32))
+
+
+def in_auto_mode(function: Callable, result_types: Sequence, mesh: AbstractMesh) -> Callable:
+    """`function` for operands of explicit shardings, its results sharded as their types say.
+
+    Without it the `jnp` code of a backend would meet shardings from which it can infer no result's.
+    """
+    specs = [x.sharding.spec for x in result_types]
 
     def call(*operands):
         with jax.sharding.use_abstract_mesh(mesh):
@@ -75,181 +329,3 @@ def in_auto_mode(function: Callable, context: mlir.LoweringRuleContext) -> Calla
             )
 
     return call
-
-
-def _explicit_mesh(context: mlir.LoweringRuleContext) -> AbstractMesh | None:
-    """The mesh of the operands' and results' types, if it has explicit axes."""
-    types = (*context.avals_in, *context.avals_out)
-    meshes = (x.sharding.mesh for x in types)  # pyright: ignore[reportAttributeAccessIssue]
-    return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
-
-
-def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in by_name if kind == AxisType.Explicit)
-
-
-def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether all axes are, so that types say all there is to say."""
-    return not mesh.empty and _explicit_axes(mesh) == mesh.axis_names
-
-
-class Call(NamedTuple):
-    """What each device is to call with its part, and the axes of every array.
-
-    Those are `MAPS` of features and their gradient, `BINS` of what is pooled and of argmaxes, and
-    those of `RECTANGLES`. The results are a list.
-    """
-
-    function: Callable  # of operands and the keyword images, n
-    operands: Sequence[str]
-    results: Sequence[str]
-    images: int
-
-    def on_each_device(
-        self, context: mlir.LoweringRuleContext, has_devices: bool
-    ) -> Callable | None:
-        """The whole call, split over the devices; None where XLA cannot be told how."""
-        mesh = _explicit_mesh(context)
-        if mesh is not None and _is_explicit(mesh):
-            return self._by_types(mesh, context.avals_in, context.avals_out)
-        axis_context = context.module_context.axis_context
-        if (
-            has_devices
-            and isinstance(axis_context, mlir.ShardingContext)
-            and axis_context.device_assignment is not None
-            and axis_context.abstract_mesh is not None
-            and not context.module_context.lowering_parameters.for_export
-            and "tpu" not in context.module_context.platforms
-        ):
-            return in_auto_mode(self._by_propagation(), context)
-        return None
-
-    def _by_types(self, mesh: Mesh | AbstractMesh, operand_types, result_types) -> Callable:
-        plan = self._plan(mesh, operand_types, result_types)
-        on_one_device = jax.shard_map(
-            plan.on_one_device,
-            mesh=mesh,
-            in_specs=plan.in_specs,
-            out_specs=plan.out_specs,
-            check_vma=False,
-        )
-
-        def call(*operands):
-            results = on_one_device(*map(reshard, operands, plan.in_specs))
-            return [
-                reshard(x, result_type.sharding.spec)
-                for x, result_type in zip(results, result_types, strict=True)
-            ]
-
-        def reshard(x, spec):
-            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
-
-        return call
-
-    def _by_propagation(self) -> Callable:
-        def partition(mesh, operand_types, result_types):
-            plan = self._plan(mesh, operand_types, result_types)
-            in_shardings, out_shardings = (
-                [NamedSharding(mesh, spec) for spec in specs]
-                for specs in (plan.in_specs, plan.out_specs)
-            )
-            return mesh, plan.on_one_device, out_shardings, tuple(in_shardings)
-
-        axes = dict.fromkeys("".join((*self.operands, *self.results)))
-        call = custom_partitioning(lambda *parts: self.function(*parts, images=self.images))
-        call.def_partition(
-            partition,
-            sharding_rule=" -> ".join(
-                ", ".join(" ".join(array) for array in arrays)
-                for arrays in (self.operands, self.results)
-            ),
-            reduction_factors=("k",) if MAPS in self.results else ("n",),
-            need_replication_factors=tuple(axis for axis in axes if axis in "hwpq"),
-        )
-        return call
-
-    def _plan(self, mesh: Mesh | AbstractMesh, operand_types, result_types) -> _Plan:
-        """How the call is split, by how its arrays are."""
-        arrays = list(
-            zip((*self.operands, *self.results), (*operand_types, *result_types), strict=True)
-        )
-        scatters = MAPS in self.results
-        g = _mesh_axes("g", arrays, mesh, taken=())
-        c = _mesh_axes("c", arrays, mesh, taken=g)
-        k, n = (_mesh_axes(axis, arrays, mesh, taken=g + c) for axis in "kn")
-        together = k == n
-        bins, maps = (_num_bytes(axes, arrays) for axes in (BINS, MAPS))
-        # Gathered, or their sums scattered; not moved at all; summed.
-        bins_moved = bins if together else 0 if scatters else 2 * bins
-        # With k and n over some of the same devices, sums over n's would mix RoIs.
-        own_images = n != () and bins_moved < maps and (together or not set(k) & set(n))
-        k_of_operands = () if own_images and together else k
-        n_of_maps = n if own_images or (scatters and together) else ()
-        summed = k_of_operands if scatters else n_of_maps
-
-        def on_one_device(*parts):
-            images = self.images
-            if own_images:
-                images //= math.prod(mesh.shape[name] for name in n)
-                parts = _of_own_images(self.operands, parts, n, images)
-            first, *others = parts
-            if scatters and summed:  # unlike a sum of bins, which has one that is not zero
-                first = first.astype(jnp.promote_types(first.dtype, jnp.float32))
-            result, *argmax = self.function(first, *others, images=images)
-            if summed:
-                result = _sum(result, summed, together).astype(parts[0].dtype)
-                argmax = [_sum(x + 1, summed, together).astype(x.dtype) - 1 for x in argmax]
-            return [result, *argmax]
-
-        def specs(arrays, k):
-            split = {"g": g, "c": c, "k": k, "n": n_of_maps}
-            return [PartitionSpec(*(split.get(axis) or None for axis in array)) for array in arrays]
-
-        return _Plan(
-            on_one_device, tuple(specs(self.operands, k_of_operands)), specs(self.results, k)
-        )
-
-
-class _Plan(NamedTuple):
-    on_one_device: Callable
-    in_specs: tuple[PartitionSpec, ...]
-    out_specs: list[PartitionSpec]
-
-
-def _mesh_axes(axis: str, arrays, mesh, taken: tuple[str, ...]) -> tuple[str, ...]:
-    """What the axis is split over, evenly, in the first array in which it is."""
-    for array, array_type in arrays:
-        if axis in array:
-            at = array.index(axis)
-            names = (*array_type.sharding.spec, *[None] * len(array))[at]
-            names = (names,) if isinstance(names, str) else tuple(names or ())
-            even = array_type.shape[at] % math.prod(mesh.shape[name] for name in names) == 0
-            if names and even and not set(names) & set(taken):
-                return names
-    return ()
-
-
-def _num_bytes(axes: str, arrays) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for array, x in arrays if array == axes)
-
-
-def _of_own_images(operands, parts, names, images):
-    """Image indices from this device's first image on, and no argmax in images of other devices."""
-    parts = list(parts)
-    at = operands.index("gk")
-    index = parts[at] - images * lax.axis_index(names)
-    elsewhere = (index < 0) | (index >= images)
-    parts[at] = jnp.where(elsewhere, -1, index)
-    if operands[1] == BINS:
-        parts[1] = jnp.where(elsewhere[:, :, None, None, None], -1, parts[1])
-    return parts
-
-
-def _sum(x: jax.Array, names: tuple[str, ...], scattered: bool) -> jax.Array:
-    """The sum over devices, each with all of it or with its part of the second axis."""
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.int32))  # not every platform adds smaller ones
-    if scattered:
-        return lax.psum_scatter(x, names, scatter_dimension=1, tiled=True)
-    return lax.psum(x, names)

@@ -7,10 +7,9 @@ import functools
 import jax
 from jax.typing import ArrayLike
 
-from jax_roipool import _backends
-from jax_roipool._bins import Convention, as_convention, bin_edges
-from jax_roipool._manual_axes import vary_with
-from jax_roipool._rectangle_max import Options, Rectangles, rectangle_max
+from jax_roipool._backends.rectangle_max import FAMILY
+from jax_roipool._bins import Convention, as_convention, packed_edges
+from jax_roipool._rectangle_max import rectangle_max
 from jax_roipool._rois import (
     canonical_features,
     canonical_rois,
@@ -56,8 +55,8 @@ def roi_pool(
       roi_mask: bool, `[K]`, `[N, K]` or `[R]`: True for a real RoI, False for padding.
       convention: `"partition"`, `"torchvision"`, `"openvino"`, `"chainer"`, or a
         `jax_roipool.Convention`.
-      implementation: `"cpu"`, `"tpu"`, `"table"`, `"dense"` or `"xla"`, or None for the best that
-        the platform has.
+      implementation: None for the best that the platform has, `"xla"` for plain XLA, `"kernel"`
+        for one written by hand, or an error. All give the same bits.
 
     Returns:
       `[K, P, Q, C]`, `[N, K, P, Q, C]` or `[R, P, Q, C]`, of the features' dtype.
@@ -125,7 +124,7 @@ def _checked_roi_pool(
     features, rois, output_size, spatial_scale, roi_mask, convention, implementation, with_argmax
 ):
     arguments = check_arguments(features, rois, spatial_scale, roi_mask)
-    _backends.check_name(implementation)
+    FAMILY.check_name(implementation)
     return _roi_pool(
         *arguments,
         output_size=check_output_size(output_size),
@@ -151,19 +150,18 @@ def _roi_pool(
 ) -> tuple[jax.Array, ...]:
     maps = canonical_features(features, rois)
     _, images, height, width, _ = maps.shape
-    cells = canonical_rois(rois, roi_mask, spatial_scale, images)
-    rows = bin_edges(cells.y1, cells.y2, output_size[0], height, convention)
-    cols = bin_edges(cells.x1, cells.x2, output_size[1], width, convention)
-    options = Options(
-        with_argmax,
-        (images, height, width),
-        jax.typeof(maps).sharding,
-        convention.empty_value,
-        implementation,
+    edges = packed_edges(
+        *canonical_rois(rois, roi_mask, spatial_scale, images),
+        output_size,
+        (height, width),
+        convention,
     )
     results = rectangle_max(
-        vary_with(maps, cells.image_index),
-        Rectangles(cells.image_index, *rows, *cols),
-        options,
+        maps,
+        edges,
+        output_size,
+        with_argmax=with_argmax,
+        empty_value=convention.empty_value,
+        implementation=implementation,
     )
     return jax.tree.map(lambda x: x.reshape(*rois.shape[:-1], *x.shape[2:]), results)

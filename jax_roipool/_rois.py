@@ -6,6 +6,7 @@ inside their group. Per-image RoIs are n = 1; flat `[R, 5]` RoIs are G = 1.
 
 from __future__ import annotations
 
+import functools
 import operator
 import reprlib
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_roipool._bins import MAX_BINS
@@ -37,13 +38,10 @@ class Arguments(NamedTuple):
 
 
 class CanonicalRoIs(NamedTuple):
-    """RoIs in whole cells. `image_index` is -1 for a RoI that pools nothing."""
+    """RoIs in cells. `image_index` is -1 for a RoI that pools nothing."""
 
     image_index: jax.Array  # int32 [G, K]
-    x1: jax.Array  # int32 [G, K], as are the other three
-    y1: jax.Array
-    x2: jax.Array
-    y2: jax.Array
+    cells: jax.Array  # float32 [G, K, 4], (x1, y1, x2, y2), finite and within +-CELL_LIMIT
 
 
 def check_arguments(
@@ -146,12 +144,15 @@ def canonical_features(features: jax.Array, rois: jax.Array) -> jax.Array:
 def canonical_rois(
     rois: jax.Array, roi_mask: jax.Array | None, spatial_scale: jax.Array, images: int
 ) -> CanonicalRoIs:
-    """RoIs in whole cells, grouped; `images` is n, the number of images of a group."""
+    """RoIs in cells, grouped; `images` is n, the number of images of a group."""
+    rois, roi_mask = _split_alike(rois, roi_mask)
     if rois.ndim == 2:
         rois = rois[None]
         roi_mask = None if roi_mask is None else roi_mask[None]
     coordinates = rois[..., -4:].astype(jnp.float32)
-    real = jnp.isfinite(coordinates).all(axis=-1) & jnp.isfinite(spatial_scale)
+    # Not `all` over the axis: a reduction is a loop of its own in the program.
+    is_finite = [jnp.isfinite(coordinates[..., i]) for i in range(4)]
+    real = functools.reduce(operator.and_, is_finite) & jnp.isfinite(spatial_scale)
     if roi_mask is not None:
         real &= roi_mask
     if rois.shape[-1] == 5:
@@ -160,10 +161,23 @@ def canonical_rois(
         index = jnp.where(real, index, -1).astype(jnp.int32)
     else:
         index = jnp.where(real, jnp.int32(0), jnp.int32(-1))
-    # C's round, which every peer uses; jnp.round goes to the even neighbour.
-    cells = lax.round(coordinates * spatial_scale, lax.RoundingMethod.AWAY_FROM_ZERO)
-    cells = jnp.where(real[..., None], jnp.clip(cells, -CELL_LIMIT, CELL_LIMIT), 0)
-    return CanonicalRoIs(index, *jnp.moveaxis(cells.astype(jnp.int32), -1, 0))
+    cells = jnp.clip(coordinates * spatial_scale, -CELL_LIMIT, CELL_LIMIT)
+    return CanonicalRoIs(index, jnp.where(real[..., None], cells, 0))
+
+
+def _split_alike(rois: jax.Array, roi_mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """The arrays with each RoI, and its mask, whole on one device, where types say how they are.
+
+    JAX would refuse to combine arrays that are split otherwise; to move these costs little.
+    """
+    sharding = jax.typeof(rois).sharding
+    *lead, coordinates = sharding.spec
+    if coordinates is not None:
+        rois = jax.sharding.reshard(rois, NamedSharding(sharding.mesh, PartitionSpec(*lead)))
+    if roi_mask is None or not any(lead) or tuple(jax.typeof(roi_mask).sharding.spec) == (*lead,):
+        return rois, roi_mask
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*lead))
+    return rois, jax.sharding.reshard(roi_mask, sharding)
 
 
 def _widen(index: jax.Array) -> jax.Array:

@@ -12,13 +12,17 @@ import hypothesis
 import jax
 import pytest
 
+import at_once
+import harness
 import interpreted_tpu
 from jax_roipool import _backends
+from jax_roipool._backends.rectangle_max import FAMILY
 
 # A new backend is put under the whole suite by adding its name here.
-COMPILED_HERE = ("cpu", "xla", "table", "dense")
-IMPLEMENTATIONS = (*COMPILED_HERE, interpreted_tpu.NAME)
+COMPILED_HERE = ("cpu", "blocks", "dense", "segment_max")
+IMPLEMENTATIONS = (*COMPILED_HERE, at_once.NAME, interpreted_tpu.NAME)
 
+at_once.install()
 interpreted_tpu.install()
 
 # The same examples on every run, and no deadline: the first example of a shape compiles.
@@ -31,8 +35,7 @@ hypothesis.settings.load_profile("repeatable")
 def skip_unless_it_can_be_used(implementation):
     if implementation == interpreted_tpu.NAME:
         interpreted_tpu.skip_unless_it_checks()
-    (backend,) = (b for b in _backends.BACKENDS if b.name == implementation)
-    problem = _backends.problem_with(backend, [jax.default_backend()])
+    problem = _backends.problem_with(FAMILY.named(implementation), [jax.default_backend()])
     if problem is not None:
         pytest.skip(f"implementation {implementation!r}: {problem}")
 
@@ -61,6 +64,15 @@ def native():
 def interpreter():
     """For tests of the TPU kernels alone."""
     skip_unless_it_can_be_used(interpreted_tpu.NAME)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file_at_a_time():
+    """Forgets compiled programs when a file's tests are done: they take gigabytes together."""
+    yield
+    harness.pool.cache_clear()
+    harness.pool_and_grad.cache_clear()
+    jax.clear_caches()
 
 
 @pytest.fixture

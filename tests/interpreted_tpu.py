@@ -11,22 +11,24 @@ import jax
 import numpy as np
 import pytest
 
-from jax_roipool import _backends
-from jax_roipool._backends import tpu
+from jax_roipool._backends.rectangle_max import FAMILY, tpu
 
 NAME = "tpu-interpreted"
 
 
 def install():
-    """Adds the implementation, last in the list, so that None does not choose it."""
-    (kernels,) = (b for b in _backends.BACKENDS if b.name == "tpu")
-    interpreted = kernels._replace(
-        name=NAME,
-        platforms=frozenset({"cpu"}),
-        rectangle_max=_called_back(tpu.rectangle_max),
-        scatter_at_argmax=_called_back(tpu.scatter_at_argmax),
+    """Adds the implementation, which only its name chooses."""
+    kernels = FAMILY.named("tpu")
+    interpreted = {
+        name: _called_back(getattr(tpu, name)) for name in ("rectangle_max", "scatter_at_argmax")
+    }
+    FAMILY.backends += (
+        kernels._replace(
+            name=NAME,
+            platforms=frozenset({"cpu"}),
+            functions={**kernels.functions, **interpreted},
+        ),
     )
-    _backends.BACKENDS = (*_backends.BACKENDS, interpreted)
 
 
 def skip_unless_it_checks():

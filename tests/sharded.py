@@ -177,21 +177,17 @@ def others():
         ).nr_devices
         == 8,
     }
-    if jax.__version_info__ >= (0, 7):  # before, any such program fails that has an is_finite
-        partly_gradient = jax.grad(lambda x: (partly(x, rois) ** 2).sum())
-        claims |= {
-            "shard_map over one axis of two": same(jax.jit(partly)(features, rois), wanted),
-            "shard_map over one axis of two, gradient": same(
-                jax.jit(partly_gradient)(features), wanted_gradient
-            ),
-        }
-    return claims
+    partly_gradient = jax.grad(lambda x: (partly(x, rois) ** 2).sum())
+    return claims | {
+        "shard_map over one axis of two": same(jax.jit(partly)(features, rois), wanted),
+        "shard_map over one axis of two, gradient": same(
+            jax.jit(partly_gradient)(features), wanted_gradient
+        ),
+    }
 
 
 def main():
     modes = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-    if jax.__version_info__ < (0, 7):
-        del modes["explicit"]
     results = {
         name: everything(jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2))
         for name, kind in modes.items()

@@ -11,21 +11,22 @@ from jax import export
 
 import jax_roipool
 from jax_roipool import _backends
+from jax_roipool._backends.rectangle_max import FAMILY
 
 FEATURES, ROIS = jnp.ones((4, 4, 1)), jnp.array([[0, 0, 4, 4]])
-# What gives an implementation away.
-PORTABLE, LOOKUP = "stablehlo.scatter", "stablehlo.reduce_window"
+# What gives an implementation away, forward.
+SEGMENTS, BLOCKS = "stablehlo.scatter", "stablehlo.gather"
 NATIVE, KERNEL = "jax_roipool_cpu_max", "tpu_custom_call"
 
 
 @pytest.fixture
 def no_library(monkeypatch):
     """As where the package was installed without a C++ compiler."""
-    cpu, *others = _backends.BACKENDS
+    cpu, *others = FAMILY.backends
     assert cpu.name == "cpu"
-    missing = cpu._replace(what_keeps_it_from_use=lambda: "there is no library")
-    monkeypatch.setattr(_backends, "BACKENDS", (missing, *others))
-    _backends._say_once.cache_clear()
+    missing = cpu._replace(unavailable_reason=lambda: "there is no library")
+    monkeypatch.setattr(FAMILY, "backends", (missing, *others))
+    _backends._warn_once.cache_clear()
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -43,7 +44,9 @@ def exported(platforms, implementation=None):
 
 def test_unknown_name_lists_what_there_is():
     with pytest.raises(
-        ValueError, match=r"'caffe'.*'cpu' \(cpu\), 'tpu' \(tpu\), .*'xla' \(every platform\)"
+        ValueError,
+        match=r"'xla' \(plain XLA\).*'cpu' \(cpu\), 'tpu' \(tpu\), .*'dense' \(every platform\)"
+        r".*; got 'caffe'",
     ):
         pool("caffe")(FEATURES)
 
@@ -51,37 +54,92 @@ def test_unknown_name_lists_what_there_is():
 def test_platform_that_cannot_run_it_lists_what_there_is():
     with pytest.raises(
         ValueError,
-        match=r"'tpu' cannot be used on cpu: it is for other platforms.*'cpu' \(cpu\)",
+        match=r"'tpu' is not to be had on cpu: .*'tpu' cannot be used: it is for other platforms"
+        r".*'cpu' \(cpu\)",
     ):
         pool("tpu")(FEATURES)
 
 
 def test_none_is_the_best_that_the_platform_has():
     assert KERNEL in exported(["tpu"])
-    assert PORTABLE not in exported(["tpu"])
-    assert PORTABLE in exported(["cuda"])
+    assert BLOCKS in exported(["cuda"])
+    assert SEGMENTS not in exported(["cuda"])
 
 
 @pytest.mark.parametrize("platform", ("cuda", "rocm", "oneapi", "METAL"))
-def test_platforms_without_a_backend_of_their_own_take_the_portable_one(platform):
+def test_platforms_without_a_kernel_take_the_portable_one(platform):
     def both(features):
         pooled, pullback = jax.vjp(pool(), features)
         return pooled, *pullback(pooled)
 
     lowered = jax.jit(both).trace(FEATURES).lower(lowering_platforms=(platform,)).as_text()
-    # Maxima and their cells, of rows and of columns, and the gradient.
-    assert lowered.count(f'"{PORTABLE}"(') == 5
+    assert f'"{BLOCKS}"(' in lowered
+    assert lowered.count(f'"{SEGMENTS}"(') == 1  # the gradient
     assert "custom_call" not in lowered
 
 
+@pytest.mark.parametrize("platform", ("cpu", "cuda", "rocm"))
+def test_xla_is_the_best_without_a_kernel(platform):
+    program = exported([platform], "xla")
+    assert BLOCKS in program
+    assert "custom_call" not in program
+
+
+def test_xla_on_a_tpu_has_neither_gather_nor_scatter():
+    program = exported(["tpu"], "xla")
+    assert KERNEL not in program
+    assert BLOCKS not in program
+    assert SEGMENTS not in program
+
+
+def test_a_program_that_xla_splits_by_itself_has_what_it_can_split():
+    for platform in ("cpu", "cuda", "tpu"):
+        for implementation in (None, "xla"):
+            assert FAMILY.select(implementation, [platform], partitioned=True).is_partitionable
+
+
+def test_kernel_is_one_written_by_hand(native):
+    assert NATIVE in exported(["cpu"], "kernel")
+    assert KERNEL in exported(["tpu"], "kernel")
+
+
+@pytest.mark.parametrize("platform", ("cuda", "rocm"))
+def test_kernel_is_an_error_where_there_is_none(platform):
+    with pytest.raises(
+        ValueError, match=f"'kernel' is not to be had on {platform}: no kernel was written for it"
+    ):
+        exported([platform], "kernel")
+
+
+def test_kernel_is_an_error_where_xla_splits_the_program():
+    with pytest.raises(ValueError, match=r"'tpu' cannot be used: XLA splits .* jax.shard_map"):
+        FAMILY.select("kernel", ["tpu"], partitioned=True)
+
+
+def test_a_kernel_that_xla_cannot_split_is_named_in_the_log_once(caplog):
+    _backends._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "jax_roipool"):
+        for implementation in (None, None, "xla", "dense"):
+            assert FAMILY.select(implementation, ["tpu"], partitioned=True).name == "dense"
+        assert FAMILY.select(None, ["rocm"], partitioned=True).name == "segment_max"
+    (record,) = caplog.records
+    assert "'tpu' cannot be used: XLA splits this program" in record.getMessage()
+    assert "jax.shard_map; 'dense' is used instead" in record.getMessage()
+
+
+def test_kernel_is_an_error_without_the_library(no_library):
+    with pytest.raises(ValueError, match="'cpu' cannot be used: there is no library"):
+        pool("kernel")(FEATURES)
+
+
 def test_a_name_overrules_the_best():
-    assert PORTABLE in exported(["tpu"], "xla")
-    assert KERNEL not in exported(["tpu"], "xla")
+    assert SEGMENTS in exported(["tpu"], "segment_max")
+    assert KERNEL not in exported(["tpu"], "segment_max")
 
 
 def test_native_on_the_cpu_and_nowhere_else(native):
     assert NATIVE in exported(["cpu"])
-    assert PORTABLE not in exported(["cpu"])
+    assert BLOCKS not in exported(["cpu"])
     for platform in ("cuda", "rocm", "tpu"):
         assert NATIVE not in exported([platform])
 
@@ -89,12 +147,14 @@ def test_native_on_the_cpu_and_nowhere_else(native):
 def test_a_program_for_several_platforms_has_the_best_for_each(native):
     every = exported(["cpu", "cuda", "tpu"])
     assert NATIVE in every
-    assert PORTABLE in every
+    assert BLOCKS in every
     assert KERNEL in every
 
 
 def test_a_name_must_suit_every_platform_of_the_program(native):
-    with pytest.raises(ValueError, match="'cpu' cannot be used on cuda, rocm: it is for other"):
+    with pytest.raises(
+        ValueError, match=r"'cpu' is not to be had on cuda, rocm: .* it is for other"
+    ):
         exported(["cpu", "cuda", "rocm"], "cpu")
 
 
@@ -102,13 +162,13 @@ def test_without_the_library_a_portable_path_serves_and_it_is_said_once(no_libra
     with caplog.at_level(logging.WARNING, "jax_roipool"):
         assert (pool()(FEATURES) == 1).all()
         assert (pool()(2 * FEATURES) == 2).all()
-        assert LOOKUP in exported(["cpu"])
+        assert BLOCKS in exported(["cpu"])
     (record,) = caplog.records
     assert "'cpu' cannot be used: there is no library" in record.getMessage()
 
 
 def test_without_the_library_its_name_is_an_error(no_library):
-    with pytest.raises(ValueError, match="'cpu' cannot be used on cpu: there is no library"):
+    with pytest.raises(ValueError, match="'cpu' cannot be used: there is no library"):
         pool("cpu")(FEATURES)
 
 
@@ -122,6 +182,6 @@ def test_the_diagnosis_names_what_each_platform_uses():
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     assert f"jax_roipool {jax_roipool.__version__}" in said
     assert f"jax {jax.__version__}\n" in said
-    assert f"cpu: {_backends.select(None, ['cpu'], False).name!r}" in said
+    assert f"cpu: {FAMILY.select(None, ['cpu'], False).name!r}" in said
     assert "tpu: 'tpu', 'dense' where XLA splits it over devices" in said
-    assert "cuda: 'xla'" in said
+    assert "cuda: 'blocks'" in said

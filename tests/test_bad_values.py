@@ -43,6 +43,11 @@ BAD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def implementation():
+    """What the platform takes: all that these tests are about lies above the backends."""
+
+
 def interleaved():
     """Each bad RoI between two good ones; and which are good."""
     rows, good = [], []

@@ -19,6 +19,11 @@ ROIS = random_rois(SETS * COUNT, HEIGHT, WIDTH).reshape(SETS, COUNT, 4)
 COTANGENTS = whole_cotangent((SETS, COUNT, *OUTPUT_SIZE, CHANNELS))
 
 
+@pytest.fixture(scope="module")
+def implementation():
+    """What the platform takes: all that these tests are about lies above the backends."""
+
+
 def pool_by(implementation):
     return functools.partial(
         jax_roipool.roi_pool,
@@ -34,9 +39,9 @@ def pool(implementation):
 
 
 @pytest.fixture(scope="module")
-def compiled_pool(compiled_implementation):
+def compiled_pool(implementation):
     """For tests with so many cotangents that an interpreter takes minutes."""
-    return pool_by(compiled_implementation)
+    return pool_by(implementation)
 
 
 @pytest.fixture(scope="module")

@@ -96,8 +96,8 @@ def test_a_vmap_is_one_call():
     for axes in ((0, 0), (None, 0)):
         mapped = jax.jit(jax.vmap(gradient, axes))
         text = mapped.lower(features if axes[0] == 0 else features[0], rois).compile().as_text()
-        assert text.count('custom_call_target="jax_roipool_cpu_argmax"') == 1
-        assert text.count('custom_call_target="jax_roipool_cpu_scatter"') == 1
+        assert text.count('custom_call_target="jax_roipool_cpu_argmax_v2"') == 1
+        assert text.count('custom_call_target="jax_roipool_cpu_scatter_v2"') == 1
         assert " while(" not in text
 
 
@@ -123,33 +123,21 @@ def test_the_gradient_is_the_same_bits_every_time():
     assert all((gradient(features) == first).all() for _ in range(10))
 
 
-SHAPES = {
-    "features": (1, 2, 4, 5, 3),
-    "image_index": (1, 6),
-    "row_start": (1, 6, 2),
-    "row_end": (1, 6, 2),
-    "col_start": (1, 6, 2),
-    "col_end": (1, 6, 2),
-}
-
-
-@pytest.mark.parametrize("wrong", SHAPES)
+@pytest.mark.parametrize("wrong", ("features", "edges"))
 def test_a_wrong_shape_is_an_error_that_names_it(wrong):
-    def call():
-        operands = [
-            jnp.zeros((*shape[:-1], shape[-1] + (name == wrong)), jnp.int32)
-            for name, shape in SHAPES.items()
-        ]
-        result = jax.ShapeDtypeStruct((1, 6, 2, 2, 3), jnp.int32)
-        target = jax.ffi.ffi_call("jax_roipool_cpu_max", result)
-        return jax.block_until_ready(target(*operands, empty_is_lowest=False))
-
+    shapes = {"features": (1, 2, 4, 5, 3), "edges": (1, 6, 9)}
+    operands = [
+        jnp.zeros((*shape[:-1], shape[-1] + (name == wrong)), jnp.int32)
+        for name, shape in shapes.items()
+    ]
+    result = jax.ShapeDtypeStruct((1, 6, 2, 2, 3), jnp.int32)
+    target = jax.ffi.ffi_call("jax_roipool_cpu_max_v2", result)
     jax_roipool.register_custom_calls()
-    named = {"features": "pooled", "row_start": "row_end", "col_start": "col_end"}
+    named = {"features": "pooled", "edges": "edges"}[wrong]
     with pytest.raises(
-        jax.errors.JaxRuntimeError, match=f"jax_roipool_cpu_max: .*{named.get(wrong, wrong)}.*got"
+        jax.errors.JaxRuntimeError, match=f"jax_roipool_cpu_max_v2: {named} must be .*, got"
     ):
-        call()
+        jax.block_until_ready(target(*operands, empty_is_lowest=False))
 
 
 def run(program, **environment):
@@ -170,7 +158,7 @@ def test_the_baseline_vectors_give_the_same_bits():
     import json, sys
     sys.path.insert(0, {os.path.dirname(__file__)!r})
     import jax_roipool, numpy as np, test_cpu
-    from jax_roipool._backends import cpu
+    from jax_roipool._backends.rectangle_max import cpu
     features, rois = test_cpu.large_bins()
     pooled, argmax = test_cpu.pool(features, rois, 2)
     print(json.dumps([cpu.vectors(), np.asarray(pooled).tolist(), argmax.tolist()]))
@@ -180,6 +168,24 @@ def test_the_baseline_vectors_give_the_same_bits():
     want = pool(*large_bins(), 2)
     np.testing.assert_array_equal(np.float32(pooled), want[0])
     np.testing.assert_array_equal(argmax, want[1])
+
+
+def test_vectors_that_there_are_not_are_an_error_that_lists_those_there_are():
+    program = f"""
+    import json, sys
+    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    import jax, numpy as np, test_cpu
+    from jax_roipool._backends.rectangle_max import cpu
+    try:
+        jax.block_until_ready(test_cpu.pool(np.ones((4, 4, 1)), np.ones((1, 4)), 2))
+    except jax.errors.JaxRuntimeError as error:
+        print(json.dumps([cpu.vectors(), str(error)]))
+    """
+    for wrong in "sse9", "AVX2":
+        for said in run(program, JAX_ROIPOOL_CPU_VECTORS=wrong):
+            assert "JAX_ROIPOOL_CPU_VECTORS must be unset or one of " in said
+            assert "baseline" in said
+            assert f"got {wrong}" in said
 
 
 def test_eight_devices_pool_at_the_same_time():
@@ -205,8 +211,8 @@ def test_eight_devices_pool_at_the_same_time():
     results += [compiled(features, rois) for _ in range(30)]
     print(json.dumps({
         "same": all(bool((result == want).all()) for result in results),
-        "native": set(re.findall("jax_roipool_cpu_[a-z]+", compiled.as_text()))
-        == {"jax_roipool_cpu_argmax", "jax_roipool_cpu_scatter"},
+        "native": set(re.findall("jax_roipool_cpu_[a-z0-9_]+", compiled.as_text()))
+        == {"jax_roipool_cpu_argmax_v2", "jax_roipool_cpu_scatter_v2"},
     }))
     """
     said = run(program, XLA_FLAGS="--xla_force_host_platform_device_count=8")

@@ -77,7 +77,7 @@ OPTIONS = {
     ),
     "convention of a wrong type": Call(["int"], options={"convention": 7}),
     "no convention": Call(["None"], options={"convention": None}),
-    "unknown implementation": Call(["abacus", "xla"], options={"implementation": "abacus"}),
+    "unknown implementation": Call(["abacus", "'xla'"], options={"implementation": "abacus"}),
     "implementation of a wrong type": Call(["7"], options={"implementation": 7}),
     "scale of zero": Call(["spatial_scale", 0.0], options={"spatial_scale": 0.0}),
     "negative scale": Call(["spatial_scale", -0.5], options={"spatial_scale": -0.5}),
@@ -236,7 +236,7 @@ def test_lists_of_different_lengths_are_told_to_pad():
 
 @pytest.mark.parametrize("implementation", (["xla"], 1))
 def test_implementation_that_is_no_name(implementation):
-    with pytest.raises(ValueError, match="unknown implementation"):
+    with pytest.raises(ValueError, match="implementation must be None"):
         jax_roipool.roi_pool(
             np.ones(IMAGE, np.float32), np.ones((5, 4)), 2, implementation=implementation
         )

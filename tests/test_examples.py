@@ -61,8 +61,6 @@ def test_detector_trains_evaluates_and_draws(detector, tmp_path, capsys):
 
 
 STEPS = "6"
-# Orbax enters `jax.sharding.set_mesh` as a context then, which it is not before JAX 0.7.
-ORBAX_SAVES_SHARDED_ARRAYS = jax.__version_info__ >= (0, 7)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +143,6 @@ def test_interrupted_detector_resumes_where_it_was(
     np.testing.assert_allclose(losses, straight, rtol=1e-5)
 
 
-@pytest.mark.skipif(
-    not ORBAX_SAVES_SHARDED_ARRAYS,
-    reason="an Orbax that saves arrays of several devices is missing before JAX 0.7",
-)
 def test_killed_detector_resumes_on_fewer_devices(train, straight, composed, tmp_path):
     saved = ("--checkpoint", str(tmp_path / "checkpoint"), "--save-every", "2")
     codes, losses = in_processes(tmp_path, 5, *saved, devices=4)
@@ -160,13 +154,13 @@ def test_killed_detector_resumes_on_fewer_devices(train, straight, composed, tmp
 
 
 def test_detector_in_two_processes_has_the_losses_of_one(train, straight, composed, tmp_path):
-    saved = ("--checkpoint", str(tmp_path / "checkpoint")) * ORBAX_SAVES_SHARDED_ARRAYS
+    saved = ("--checkpoint", str(tmp_path / "checkpoint"))
     codes, losses = in_processes(tmp_path, -1, *saved, processes=2, devices=2)
     assert codes == [0, 0]
     np.testing.assert_allclose(losses, straight, rtol=1e-4)
-    if saved:  # what two have saved, one can read, and there is nothing left to do
-        np.testing.assert_allclose(train(*saved), losses)
-        assert not composed.steps
+    # What two have saved, one can read, and there is nothing left to do.
+    np.testing.assert_allclose(train(*saved), losses)
+    assert not composed.steps
 
 
 def test_detector_learns_through_the_pooling(detector):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_roipool
-from jax_roipool._backends import dense
+from jax_roipool._backends.rectangle_max import dense
 
 HEIGHT, WIDTH, CHANNELS = 40, 48, 32
 MAP_BYTES = 4 * HEIGHT * WIDTH * CHANNELS

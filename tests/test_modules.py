@@ -40,13 +40,19 @@ def test_module_equals_the_function(layer):
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
 def test_defaults_are_the_functions(layer):
-    assert_same(layer(2)(FEATURES, ROIS / 16), expected(ROIS / 16, (2, 2), "partition"))
+    assert_same(layer(2, 1)(FEATURES, ROIS / 16), expected(ROIS / 16, (2, 2), "partition"))
+
+
+@pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
+def test_the_scale_has_no_default(layer):
+    with pytest.raises(TypeError, match="spatial_scale"):
+        layer(2)
 
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
 def test_module_keeps_the_functions_errors(layer):
     with pytest.raises(ValueError, match="unknown convention 'caffe'"):
-        layer(2, convention="caffe")(FEATURES, ROIS)
+        layer(2, 1, convention="caffe")(FEATURES, ROIS)
 
 
 @pytest.mark.parametrize("module", (linen.RoIPool, nnx.RoIPool), ids=("linen", "nnx"))
@@ -58,7 +64,8 @@ def test_fields_are_the_functions_keywords(module):
             if name not in ("self", "features", "rois", "roi_mask", "parent", "name")
         }
 
-    assert settings(module.__init__) == settings(jax_roipool.roi_pool)
+    wanted = settings(jax_roipool.roi_pool) | {"spatial_scale": inspect.Parameter.empty}
+    assert settings(module.__init__) == wanted
 
 
 def test_the_packages_module_is_linens():
@@ -66,11 +73,11 @@ def test_the_packages_module_is_linens():
 
 
 def test_linen_module_has_no_variables():
-    assert linen.RoIPool(2).init(jax.random.key(0), FEATURES, ROIS) == {}
+    assert linen.RoIPool(2, 1).init(jax.random.key(0), FEATURES, ROIS) == {}
 
 
 def test_nnx_module_has_no_state():
-    assert not jax.tree.leaves(flax.nnx.state(nnx.RoIPool(2)))
+    assert not jax.tree.leaves(flax.nnx.state(nnx.RoIPool(2, 1)))
 
 
 def train(loss_and_gradient, parameters):

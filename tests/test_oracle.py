@@ -37,9 +37,9 @@ def check(problem, layout, convention, implementation):
 
 @pytest.mark.parametrize("convention", EVERY_CONVENTION, ids=convention_id)
 @hypothesis.given(data=st.data())
-def test_any_convention_follows_the_definition(convention, compiled_implementation, data):
+def test_any_convention_follows_the_definition(convention, data):
     problem = data.draw(strategies.problems(strategies.FLAT))
-    check(problem, strategies.FLAT, convention, compiled_implementation)
+    check(problem, strategies.FLAT, convention, None)
 
 
 @pytest.mark.parametrize("convention", ("partition", "chainer"))

@@ -16,6 +16,11 @@ typed = jaxtyped(typechecker=beartype)
 ROWS, COLUMNS = 2, 3
 
 
+@pytest.fixture(scope="module")
+def implementation():
+    """What the platform takes: all that these tests are about lies above the backends."""
+
+
 @typed
 def one_image(
     features: Num[Array, "H W C"], rois: Real[Array, "K 4"], **options

@@ -8,12 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
-
-# See `needs_devices` in _partitioning.py.
-TOLD_HOW = jax.__version_info__ >= (0, 8)
-EXPLICIT = jax.__version_info__ >= (0, 7)
 
 MODES = ("auto", "explicit")
 # What the features are sharded over, if at all, and so their gradient, and what is pooled.
@@ -57,20 +52,12 @@ def results():
 
 @pytest.fixture(params=MODES)
 def mode(request):
-    if request.param == "explicit" and not EXPLICIT:
-        pytest.skip("explicit sharding is missing before JAX 0.7")
     return request.param
 
 
 @pytest.fixture
 def cases(results, mode):
     return results[mode]
-
-
-@pytest.fixture
-def told_how():
-    if not TOLD_HOW:
-        pytest.skip("XLA cannot be told how calls are split before JAX 0.8")
 
 
 def test_all_equal_one_device_to_the_bit(cases):
@@ -88,11 +75,10 @@ def test_pooling_moves_nothing(layout, cases):
 def test_the_gradient_moves_nothing_but_the_sum_over_rois(layout, cases):
     wanted = [f"all-reduce {SUMMED[layout]}"] if layout in SUMMED else []
     assert cases[f"shard_map, {layout}, gradient"]["moves"] == wanted
-    if TOLD_HOW:
-        assert cases[f"{layout}, gradient"]["moves"] == wanted
+    assert cases[f"{layout}, gradient"]["moves"] == wanted
 
 
-def test_every_device_uses_the_native_kernel(native, cases, told_how):
+def test_every_device_uses_the_native_kernel(native, cases):
     assert not [name for name, case in cases.items() if not case["native"]]
 
 
@@ -102,7 +88,6 @@ def test_shard_map_uses_the_native_kernel(native, layout, cases):
     assert cases[f"shard_map, {layout}, gradient"]["native"]
 
 
-@pytest.mark.skipif(not EXPLICIT, reason="explicit sharding is missing before JAX 0.7")
 @pytest.mark.parametrize("layout", TYPES)
 def test_types_say_how_results_are_sharded(layout, results):
     gradient, pooled = TYPES[layout]
@@ -111,7 +96,6 @@ def test_types_say_how_results_are_sharded(layout, results):
     assert results["explicit"][f"{layout}, gradient"]["types"] == [gradient]
 
 
-@pytest.mark.skipif(not EXPLICIT, reason="explicit sharding is missing before JAX 0.7")
 @pytest.mark.parametrize("layout", FLAT_TYPES)
 def test_types_say_how_results_of_flat_rois_are_sharded(layout, results):
     gradient, pooled = FLAT_TYPES[layout]
@@ -126,13 +110,13 @@ def moves(case):
 
 
 @pytest.mark.parametrize("layout", ("rois", "channels"))
-def test_flat_rois_on_whole_features_move_nothing(layout, cases, told_how):
+def test_flat_rois_on_whole_features_move_nothing(layout, cases):
     assert cases[f"flat, {layout}"]["moves"] == []
     wanted = [f"all-reduce {MAPS_OF_ALL}"] if layout == "rois" else []
     assert cases[f"flat, {layout}, gradient"]["moves"] == wanted
 
 
-def test_flat_rois_on_a_split_batch_move_bins_where_these_are_smaller(cases, told_how):
+def test_flat_rois_on_a_split_batch_move_bins_where_these_are_smaller(cases):
     bins = "[1,8,2,2,8]"  # of a device's RoIs
     assert moves(cases["flat, batch and rois"]) == [
         f"reduce-scatter f32{bins}",
@@ -140,7 +124,7 @@ def test_flat_rois_on_a_split_batch_move_bins_where_these_are_smaller(cases, tol
     ]
 
 
-def test_so_does_their_gradient(results, told_how):
+def test_so_does_their_gradient(results):
     # The cell of a bin goes to where the RoI is, and comes back with the cotangent. Maps stay.
     assert moves(results["explicit"]["flat, batch and rois, gradient"]) == [
         "all-gather f32[1,32,2,2,8]",
@@ -149,7 +133,7 @@ def test_so_does_their_gradient(results, told_how):
     ]
 
 
-def test_flat_rois_on_a_split_batch_move_maps_where_these_are_smaller(results, told_how):
+def test_flat_rois_on_a_split_batch_move_maps_where_these_are_smaller(results):
     for mode in MODES:
         assert moves(results[mode]["flat, large bins"]) == [f"all-gather {MAPS_OF_ALL}"]
     assert moves(results["explicit"]["flat, large bins, gradient"]) == [
@@ -158,7 +142,7 @@ def test_flat_rois_on_a_split_batch_move_maps_where_these_are_smaller(results, t
     ]
 
 
-def test_flat_rois_on_all_devices_sum_their_bins(cases, told_how):
+def test_flat_rois_on_all_devices_sum_their_bins(cases):
     assert moves(cases["flat, batch"]) == [
         "all-reduce f32[1,32,2,2,8]",
         "all-reduce s32[1,32,2,2,8]",
@@ -182,6 +166,4 @@ def test_flat_rois_on_all_devices_sum_their_bins(cases, told_how):
     ),
 )
 def test_others(claim, results):
-    if claim.startswith("shard_map over one axis") and not EXPLICIT:
-        pytest.skip("shard_map over some of the axes is broken before JAX 0.7")
     assert results["others"][claim]

@@ -1,5 +1,9 @@
-"""The TPU kernels' own seams, by the TPU interpreter: strips, packs, channels, lists."""
+"""The TPU kernels' own seams, by the TPU interpreter: strips, packs, channels, lists.
 
+The kernels are called as backends are. Programs are few, as the interpreter takes long to compile.
+"""
+
+import functools
 import itertools
 
 import jax
@@ -8,41 +12,83 @@ import numpy as np
 import pytest
 
 import interpreted_tpu
-import jax_roipool
-import oracle
-from harness import assert_same, distinct_features, random_rois, resolved, whole_cotangent
-from jax_roipool._backends.tpu import pool as pool_kernel
-from jax_roipool._backends.tpu import scatter as scatter_kernel
-from jax_roipool._backends.tpu import schedule
-
-NAME = interpreted_tpu.NAME
+import rectangle_oracle
+from harness import assert_same, distinct_features, whole_cotangent
+from jax_roipool._backends.rectangle_max import FAMILY
+from jax_roipool._backends.rectangle_max.tpu import pool as pool_kernel
+from jax_roipool._backends.rectangle_max.tpu import scatter as scatter_kernel
+from jax_roipool._backends.rectangle_max.tpu import schedule
 
 interpreted = pytest.mark.usefixtures("interpreter")
 
 
-def check(features, rois, output_size, convention="torchvision", roi_mask=None):
-    """Pooled features, argmax, gradient, and pooled features without argmax, by the oracle."""
-    features, rois = jnp.asarray(features), jnp.asarray(rois)
-    wanted, argmax = oracle.roi_pool(
-        features, rois, output_size, resolved(convention), roi_mask=roi_mask
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def call(name, *arrays, **statics):
+    function = FAMILY.named(interpreted_tpu.NAME).functions[name]
+    return jax.jit(functools.partial(function, **statics))(*map(jnp.asarray, arrays))
+
+
+def check_maxima(features, edges, output_size, argmax_dtype=np.int32, empty_value=0.0):
+    """By the oracle, the argmax of which is returned."""
+    features = np.asarray(features)
+    maxima, argmax = rectangle_oracle.rectangle_max(features, edges, output_size, empty_value)
+    results = call(
+        "rectangle_max",
+        features,
+        edges,
+        output_size=output_size,
+        argmax_dtype=argmax_dtype and np.dtype(argmax_dtype),
+        empty_value=empty_value,
     )
-    cotangent = whole_cotangent(wanted.shape, dtype=features.dtype)
-    gradient = oracle.roi_pool_grad(cotangent, argmax, features.shape, rois)
+    expected = [maxima, argmax.astype(argmax_dtype)] if argmax_dtype else [maxima]
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_same(actual, wanted)
+    return argmax
 
-    options = {"convention": convention, "roi_mask": roi_mask, "implementation": NAME}
 
-    def both(features):
-        return jax_roipool.roi_pool_with_argmax(features, rois, output_size, **options)
+def check_sums(argmax, edges, map_shape, dtype=np.float32):
+    """By the oracle; bad images get an argmax as well, which means nothing."""
+    is_bad = (edges[..., 0] < 0) | (edges[..., 0] >= map_shape[0])
+    argmax = np.where(is_bad[:, :, None, None, None], 3, argmax).astype(argmax.dtype)
+    cotangent = np.asarray(whole_cotangent(argmax.shape, dtype=dtype))
+    (sums,) = call("scatter_at_argmax", cotangent, argmax, edges, map_shape=map_shape)
+    assert_same(sums, rectangle_oracle.scatter_at_argmax(cotangent, argmax, edges, map_shape))
 
-    @jax.jit
-    def run(features):
-        pooled, pullback, argmax = jax.vjp(both, features, has_aux=True)
-        alone = jax_roipool.roi_pool(features, rois, output_size, **options)
-        return pooled, argmax, pullback(cotangent)[0], alone
 
-    expected = wanted, argmax, gradient.astype(features.dtype), wanted
-    for actual, one in zip(run(features), expected, strict=True):
-        assert_same(actual, one)
+def check(features, edges, output_size, argmax_dtype=np.int32, empty_value=0.0):
+    """The maxima, their argmax, and the sums at it."""
+    argmax = check_maxima(features, edges, output_size, argmax_dtype, empty_value)
+    check_sums(argmax.astype(argmax_dtype), edges, features.shape[1:4], features.dtype)
+
+
+def bins(count, size, rng):
+    """Starts and ends along an axis: bins that meet or overlap, some empty, on part of the map."""
+    cuts = np.clip(np.sort(rng.integers(-2, size + 3, count + 1)), 0, size)
+    overlap = rng.integers(0, 2, count) * (cuts[1:] > cuts[:-1])
+    return [*cuts[:-1], *np.minimum(cuts[1:] + overlap, size)]
+
+
+def random_edges(maps, num_rois, output_size, seed=0):
+    """Of maps `(G, n, H, W)`, with images in no order."""
+    groups, images, height, width = maps
+    rng = np.random.default_rng(seed)
+    rois = [
+        [
+            rng.integers(images),
+            *bins(output_size[0], height, rng),
+            *bins(output_size[1], width, rng),
+        ]
+        for _ in range(groups * num_rois)
+    ]
+    return np.array(rois, np.int32).reshape(groups, num_rois, -1)
+
+
+# Strips.
 
 
 @pytest.fixture
@@ -51,8 +97,8 @@ def strips_of(interpreter, monkeypatch):
     cut = []
 
     def limit(rows):
-        def blocks(maps, rois, vmem):
-            del rois, vmem
+        def blocks(maps, num_rois, vmem):
+            del num_rois, vmem
             strips = -(-maps[2] // rows)
             cut.append(strips)
             return schedule.Blocks(strips, -(-maps[2] // strips), 128, 32)
@@ -66,81 +112,100 @@ def strips_of(interpreter, monkeypatch):
     assert min(cut) > 1
 
 
-def rois_with_an_image(height, width, count, images):
-    rois = np.array(random_rois(count, height, width, images=images))
-    rois[0] = [0, -2, -2, width + 2, height + 2]  # into every strip
-    rois[1] = [images - 1, width, height, width + 5, height + 5]  # into none
-    rois[2, 0] = images  # of no image
-    rois[3] = [images - 1, 1, 0, 3, height - 1]
-    return rois
+MAPS = (2, 7, 9)  # of each group
 
 
-@pytest.mark.parametrize("rows", (1, 3))
-@pytest.mark.parametrize("convention", ("partition", "chainer"))
-def test_rois_across_strips(rows, convention, strips_of):
+def edges_across_strips(groups, seed):
+    """For bins in three rows and two columns."""
+    edges = random_edges((groups, *MAPS), 10, (3, 2), seed)
+    edges[:, 0] = [0, 0, 2, 5, 2, 5, 7, 0, 4, 5, 9]  # into every strip
+    edges[:, 1] = [1, 7, 7, 7, 7, 7, 7, 9, 9, 9, 9]  # into none
+    edges[:, 2, 0] = 2 if seed % 2 else -1  # of no image
+    edges[:, 3] = [1, 2, 4, 4, 5, 4, 4, 1, 4, 5, 4]  # an empty bin is last, the first reaches on
+    return edges
+
+
+def features_across_strips(groups, kind, dtype):
+    rng = np.random.default_rng(0)
+    values = np.asarray(distinct_features((groups, *MAPS, 2)))
+    if kind == "ties":
+        values = values % 5
+    elif kind == "zeros":  # between strips, -0 stands for nothing: no zero of the map is taken so
+        values = np.where(values % 3 == 0, -0.0, -1.0)
+    elif kind == "subnormal":
+        values = rng.integers(-3, 4, values.shape) * 2.0**-133  # the least of bfloat16
+    elif kind == "not finite":
+        values = rng.choice([np.nan, -np.inf, np.inf, 1], values.shape, p=[0.03, 0.75, 0.12, 0.1])
+    return values.astype(np.float32).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows", "dtype", "argmax_dtype", "empty_value"),
+    (
+        (1, 2, np.float32, np.int32, 0.0),  # four strips
+        (2, 4, jnp.bfloat16, np.int16, -np.inf),  # two
+    ),
+    ids=("2-float32", "4-bfloat16"),
+)
+def test_rois_across_strips(groups, rows, dtype, argmax_dtype, empty_value, strips_of):
     strips_of(rows)
-    features = distinct_features((2, 8, 9, 2)) % 9  # with ties across strips
-    check(features, rois_with_an_image(8, 9, 10, 2), (3, 2), convention)
+    for seed, kind in enumerate(("ties", "zeros", "subnormal", "not finite")):
+        features = features_across_strips(groups, kind, dtype)
+        edges = edges_across_strips(groups, seed)
+        argmax = check_maxima(features, edges, (3, 2), argmax_dtype, empty_value)
+    check_sums(argmax.astype(argmax_dtype), edges, MAPS, dtype)
 
 
-def test_strips_of_bfloat16_with_nan(strips_of):
+def test_maxima_alone_across_strips(strips_of):
     strips_of(4)
-    features = np.array(distinct_features((1, 14, 9, 2)) % 5, np.float32)
-    features[np.random.default_rng(0).random(features.shape) < 0.02] = np.nan
-    features[0, 5:8] = -np.inf
-    check(jnp.asarray(features, jnp.bfloat16), random_rois(9, 14, 9, images=1), (2, 3))
+    for seed, kind in enumerate(("zeros", "not finite")):
+        features = features_across_strips(1, kind, jnp.bfloat16)
+        check_maxima(features, edges_across_strips(1, seed), (3, 2), None, -np.inf)
 
 
-def test_zeros_across_strips(strips_of):
-    # Between strips, -0 stands for nothing; a zero of the map is not taken for it.
-    strips_of(2)
-    features = np.where(distinct_features((1, 8, 9, 2)) % 3 == 0, -0.0, -1.0).astype(np.float32)
-    check(features, random_rois(5, 8, 9, images=1), (3, 3))
+# Packs, bins and channels.
 
 
 @interpreted
-def test_images_that_share_packs():
+def test_images_that_share_packs_and_images_without_rois():
     # Twenty RoIs, three packs, of five images in no order: most packs come to most images.
-    features = distinct_features((5, 6, 7, 2))
-    check(features, random_rois(20, 6, 7, images=5), (2, 2), "chainer")
+    features = distinct_features((1, 5, 6, 7, 2))
+    edges = random_edges((1, 5, 6, 7), 20, (2, 2))
+    check(features, edges, (2, 2))
+    edges[0, :, 0] = np.where(edges[0, :, 0] < 2, 1, 3)
+    check(features, edges, (2, 2))
 
 
 @interpreted
-def test_images_without_rois():
-    features = distinct_features((5, 6, 7, 2))
-    rois = np.array(random_rois(9, 6, 7, images=5))
-    rois[:, 0] = [3, 1, 1, 3, 1, 3, 1, 3, 3]
-    check(features, rois, (2, 2))
-
-
-@interpreted
-@pytest.mark.parametrize("output_size", ((9, 2), (17, 1), (1, 9)))
+@pytest.mark.parametrize("output_size", ((17, 2), (1, 9)))
 def test_more_rows_of_bins_than_a_vector_has(output_size):
-    check(distinct_features((1, 21, 10, 2)), random_rois(3, 21, 10, images=1), output_size)
+    maps = (1, 1, 21, 10)
+    check(distinct_features((*maps, 2)), random_edges(maps, 3, output_size), output_size)
 
 
 @interpreted
-@pytest.mark.parametrize("channels", (128, 130, 384))
+@pytest.mark.parametrize("channels", (130, 384))
 def test_blocks_of_channels(channels):
-    check(distinct_features((1, 5, 40, channels)), random_rois(2, 5, 40, images=1), (2, 2))
+    maps = (1, 1, 5, 40)
+    check(distinct_features((*maps, channels)), random_edges(maps, 2, (2, 2)), (2, 2))
 
 
 @interpreted
-def test_masked_rois_of_a_convention_with_empty_bins():
-    features, mask = distinct_features((1, 6, 7, 2)), np.arange(9) % 3 > 0
-    rois = np.array(random_rois(9, 6, 7, images=1))
-    rois[::2, 1:] += 5  # bins beyond the map
-    check(features, rois, (3, 3), "chainer", mask)
+def test_subnormal_cotangents_are_widened_by_bits():
+    # A sum with another number, so that it matters which adder there is.
+    edges = np.array([[[0, 0, 1, 0, 1]] * 2], np.int32)
+    argmax = np.zeros((1, 2, 1, 1, 1), np.int32)
+    cotangent = np.array([2.0**-130, 2.0**-126]).astype(jnp.bfloat16).reshape(argmax.shape)
+    (sums,) = call("scatter_at_argmax", cotangent, argmax, edges, map_shape=(1, 1, 1))
+    assert sums.ravel()[0] in (2.0**-126, np.float32(2.0**-126 + 2.0**-130))
 
 
 def test_the_benchmarks_maps_are_cut_as_little_as_can_be():
     def cut(features, dtype=jnp.float32):
         features = jax.ShapeDtypeStruct((1, *features), dtype)
         bins = jax.ShapeDtypeStruct((1, 8, 7, 7, features.shape[-1]), dtype)
-        edges = jax.ShapeDtypeStruct((1, 8, 7), jnp.int32)
-        rectangles = (jax.ShapeDtypeStruct((1, 8), jnp.int32), *[edges] * 4)
         return (
-            pool_kernel.blocks(features, rectangles),
+            pool_kernel.blocks(features, 8, (7, 7)),
             scatter_kernel.blocks(bins, features.shape[1:4]),
         )
 
@@ -157,12 +222,12 @@ def test_the_benchmarks_maps_are_cut_as_little_as_can_be():
 
 
 def lists(image_index, rows, images, height, strip_rows):
-    strips = -(-height // strip_rows)
-    blocks = schedule.Blocks(strips, strip_rows, 128, 32)
-    image_index, rows = jnp.asarray(image_index, jnp.int32), jnp.asarray(rows, jnp.int32)
-    ones = jnp.ones_like(rows[..., :1])
-    edges = (rows[..., :1], rows[..., 1:], 0 * ones, ones)
-    return schedule.work((image_index, *edges), images, blocks)
+    """Of RoIs of one bin each, in the first column."""
+    blocks = schedule.Blocks(-(-height // strip_rows), strip_rows, 128, 32)
+    image_index, rows = np.asarray(image_index), np.asarray(rows)
+    column = np.broadcast_to((0, 1), rows.shape)
+    edges = np.concatenate([image_index[..., None], rows, column], axis=-1)
+    return schedule.work(jnp.asarray(edges, jnp.int32), (1, 1), images, blocks)
 
 
 def packs_by_unit(work, group, units):
@@ -174,7 +239,7 @@ def packs_by_unit(work, group, units):
 def test_a_pack_is_on_the_list_of_each_strip_that_it_reaches_into():
     image_index = np.repeat([[0, 1], [1, -1]], 8, axis=1)  # two groups of two packs
     image_index[0, 9] = 0
-    rows = np.zeros((2, 16, 2))
+    rows = np.zeros((2, 16, 2), int)
     rows[0, :8], rows[0, 8:], rows[0, 9], rows[1, :8] = (3, 7), (0, 2), (8, 9), (9, 12)
     work = lists(image_index, rows, images=2, height=12, strip_rows=4)
     assert packs_by_unit(work, 0, 6) == [[0], [0], [1], [1], [], []]
@@ -184,8 +249,16 @@ def test_a_pack_is_on_the_list_of_each_strip_that_it_reaches_into():
     assert work.fetched.tolist() == [0, 1, 2, 3, 3, 3, 6, 6, 6, 6, 6, 11]
 
 
+def test_a_bin_before_an_empty_one_counts_as_well():
+    edges = jnp.asarray([[[0, 2, 4, 5, 4, 0, 1]]], jnp.int32)  # rows 2 to 4, then none
+    work = schedule.work(edges, (2, 1), 1, schedule.Blocks(2, 4, 128, 32))
+    assert packs_by_unit(work, 0, 2) == [[0], [0]]
+
+
 def test_nothing_is_fetched_before_the_first_strip_with_rois():
-    work = lists(np.full((3, 8), -1), np.zeros((3, 8, 2)), images=1, height=4, strip_rows=4)
+    rows = np.zeros((3, 8, 2), int)
+    work = lists(np.full((3, 8), -1), rows, images=1, height=4, strip_rows=4)
     assert work.fetched.tolist() == [0, 1, 2]  # each is written, if with nothing
-    work = lists(np.ones((1, 8)), np.full((1, 8, 2), (0, 4)), images=3, height=4, strip_rows=4)
+    rows = np.full((1, 8, 2), (0, 4))
+    work = lists(np.ones((1, 8), int), rows, images=3, height=4, strip_rows=4)
     assert work.fetched.tolist() == [1, 1, 1]

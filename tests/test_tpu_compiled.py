@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_roipool
 from compiled import COLLECTIVES, MOVES, WORKLOADS
-from jax_roipool._backends import dense
-from jax_roipool._backends.tpu import schedule
+from jax_roipool._backends.rectangle_max import dense
+from jax_roipool._backends.rectangle_max.tpu import schedule
 from tpu_compiler import GENERATIONS, Compiled, mesh, on_one_device
 
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -269,18 +269,10 @@ def test_shard_map_runs_the_kernels(split):
     assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
 
 
-@pytest.fixture
-def explicit():
-    """What takes a mesh into explicit mode."""
-    if jax.__version_info__ < (0, 7):
-        pytest.skip("explicit sharding is missing before JAX 0.7")
-    return {"kind": AxisType.Explicit}
-
-
 @pytest.mark.parametrize("split", (*ON_X, "batch and channels"))
-def test_explicit_shardings_run_the_kernels(split, explicit):
+def test_explicit_shardings_run_the_kernels(split):
     sizes = (4,) if split in ON_X else (2, 2)
-    features, rois, cotangent = sharded(mesh(*sizes, **explicit), ON_X.get(split, BOTH))
+    features, rois, cotangent = sharded(mesh(*sizes, kind=AxisType.Explicit), ON_X.get(split, BOTH))
     compiled = Compiled(pool(), features, rois)
     assert (compiled.kernels, compiled.count(*MOVES)) == (1, 0)
     assert_local(compiled)
@@ -289,8 +281,8 @@ def test_explicit_shardings_run_the_kernels(split, explicit):
     assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
 
 
-def test_explicit_shardings_of_flat_rois_move_bins_and_no_maps(explicit):
-    images, sharding = 8, NamedSharding(mesh(4, **explicit), P("x"))
+def test_explicit_shardings_of_flat_rois_move_bins_and_no_maps():
+    images, sharding = 8, NamedSharding(mesh(4, kind=AxisType.Explicit), P("x"))
     shapes = (images, 100, 168, 256), (512, 5), (512, 7, 7, 256)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in shapes]
     bins = nbytes(shapes[2], jnp.float32)

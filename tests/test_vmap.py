@@ -14,6 +14,11 @@ OUTPUT_SIZE = (2, 3)
 CONVENTION = "torchvision"
 
 
+@pytest.fixture(scope="module")
+def implementation():
+    """What the platform takes: all that these tests are about lies above the backends."""
+
+
 def feature_sets(*lead):
     return distinct_features((*lead, HEIGHT, WIDTH, CHANNELS))
 

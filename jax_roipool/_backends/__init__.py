@@ -1,122 +1,126 @@
-"""Implementations of the rectangle max, and the choice among them.
+"""Implementations of the primitives, and the choice among them.
 
-A backend is three functions, one for each primitive of `_rectangle_max.py`. They take arrays and
-return arrays (`rectangle_max` a list of one or two), and all backends return the same values:
-
-- `rectangle_max(features, *rectangles, argmax_dtype, empty_value)`: the argmax is of that dtype,
-  int32 or, if every cell of a map has an index in it, int16; None leaves it out. NaN is larger
-  than any number, zeros are equal, and the first of several maxima, or of several NaNs, in
-  row-major order is the argmax. A rectangle without cells gives `empty_value` (for -inf in
-  integers, the smallest) and argmax -1. An image index outside `[0, n)` gives 0 and argmax -1,
-  whatever the rectangle.
-- `gather_at_argmax(features, argmax, *rectangles)`: the features there, 0 where argmax is -1.
-- `scatter_at_argmax(cotangent, argmax, *rectangles, map_shape)`: the sum over all that go to a
-  cell, in float32 at least, in an order that does not change from run to run. An argmax is -1 or
-  a cell of its own rectangle.
-
-Any axis but H and W can be of size 0.
+A family is the primitives that share their operands, such as those of the rectangle max. A backend
+of a family is one function for each of its primitives, of arrays to arrays.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
-
-from jax_roipool._backends import cpu, dense, table, tpu, xla
 
 
 class Backend(NamedTuple):
-    """One implementation of the primitives; the last three are named as the primitives are."""
+    """One implementation of a family's primitives."""
 
     name: str
-    platforms: frozenset[str] | None  # None: all of them
-    what_keeps_it_from_use: Callable[[], str | None]  # on its platforms
-    partitions: bool  # whether XLA can split it over devices by itself
-    rectangle_max: Callable
-    gather_at_argmax: Callable
-    scatter_at_argmax: Callable
+    functions: Mapping[str, Callable]  # by the names of the primitives; each returns a list
+    platforms: frozenset[str] | None = None  # None: all of them
+    unavailable_reason: Callable[[], str | None] = lambda: None  # on its platforms
+    is_partitionable: bool = False  # whether XLA can split it over devices by itself
 
 
-def _backend(module, platforms, what_keeps_it_from_use, partitions) -> Backend:
-    name = module.__name__.rpartition(".")[2]
-    operators = (module.rectangle_max, module.gather_at_argmax, module.scatter_at_argmax)
-    return Backend(name, platforms, what_keeps_it_from_use, partitions, *operators)
+@dataclasses.dataclass
+class Family:
+    """The backends of a family, and which of them serve a platform, best first.
 
-
-BACKENDS: tuple[Backend, ...] = (
-    _backend(cpu, frozenset({"cpu"}), cpu.what_keeps_it_from_use, partitions=False),
-    _backend(tpu, frozenset({"tpu"}), tpu.what_keeps_it_from_use, partitions=False),
-    _backend(dense, None, lambda: None, partitions=True),
-    _backend(table, None, lambda: None, partitions=False),
-    _backend(xla, None, lambda: None, partitions=True),
-)
-
-BEST_FIRST = {"cpu": ("cpu", "table", "xla"), "tpu": ("tpu", "dense")}
-"""What implementation=None takes, by platform."""
-
-
-def best_first(platform: str) -> tuple[str, ...]:
-    """What implementation=None takes on that platform; the last one can always be used."""
-    return BEST_FIRST.get(platform, ("xla",))
-
-
-def check_name(implementation: str | None) -> None:
-    """Raises ValueError if no backend has that name."""
-    if implementation is not None and implementation not in [b.name for b in BACKENDS]:
-        raise ValueError(f"unknown implementation {implementation!r}; there are {_listing()}")
-
-
-def select(implementation: str | None, platforms: Sequence[str], partitioned: bool) -> Backend:
-    """The backend of that name, or the best for these platforms.
-
-    `platforms` is one, or all of a program that are not in `BEST_FIRST`. `partitioned` says that
-    XLA will split the program over devices by itself.
+    `"*"` stands for the platforms that are not named. The last portable one of a platform can
+    always be used: it needs nothing, and XLA can split it over devices.
     """
-    if implementation is not None:
-        backend = _named(implementation)
-        problem = problem_with(backend, platforms)
-        if problem is not None:
+
+    backends: tuple[Backend, ...]
+    kernels: Mapping[str, tuple[str, ...]]  # written by hand for a platform
+    portable: Mapping[str, tuple[str, ...]]  # plain XLA
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """The platforms that are served by other backends than the rest."""
+        return tuple({name: None for name in (*self.kernels, *self.portable) if name != "*"})
+
+    def candidates(self, implementation: str | None, platform: str) -> tuple[str, ...]:
+        """The names of the backends that `implementation` allows on a platform, best first."""
+        kernels = self.kernels.get(platform, ())
+        portable = self.portable.get(platform, self.portable["*"])
+        words = {None: kernels + portable, "xla": portable, "kernel": kernels}
+        return words[implementation] if implementation in words else (str(implementation),)
+
+    def check_name(self, implementation: str | None) -> None:
+        """Raises ValueError for what is neither a word for a choice nor a backend's name."""
+        if implementation not in (None, "xla", "kernel", *(b.name for b in self.backends)):
             raise ValueError(
-                f"implementation {implementation!r} cannot be used on {', '.join(platforms)}: "
-                f"{problem}; there are {_listing()}"
+                f"implementation must be None (the best), 'xla' (plain XLA), 'kernel' (written by "
+                f"hand, or an error) or a backend's name, {self._listing()}; got {implementation!r}"
             )
+
+    def select(
+        self, implementation: str | None, platforms: Sequence[str], partitioned: bool
+    ) -> Backend:
+        """The best backend that `implementation` allows; logs once which kernel cannot serve.
+
+        Args:
+          implementation: None, `"xla"`, `"kernel"` or the name of a backend.
+          platforms: one of `self.platforms`, or all of a program's that are not among those.
+          partitioned: whether XLA will split the program over devices by itself.
+
+        Raises:
+          ValueError: there is none; the message says why.
+        """
+        backend, problems = self.choose(implementation, platforms, partitioned)
+        if implementation is None:
+            for name in self.kernels.get(platforms[0], ()):
+                if name in problems:
+                    _warn_once(f"{problems[name]}; {backend.name!r} is used instead")
         return backend
-    *better, last = best_first(platforms[0])
-    for backend in map(_named, better):
-        if partitioned and not backend.partitions:
-            continue
-        problem = problem_with(backend, platforms)
-        if problem is None:
-            return backend
-        _say_once(f"implementation {backend.name!r} cannot be used: {problem}")
-    return _named(last)
+
+    def choose(
+        self, implementation: str | None, platforms: Sequence[str], partitioned: bool
+    ) -> tuple[Backend, dict[str, str]]:
+        """What `select` selects, and what is wrong with each of the backends that come before."""
+        problems = {}
+        for backend in map(self.named, self.candidates(implementation, platforms[0])):
+            problem = problem_with(backend, platforms)
+            splits = not partitioned or backend.is_partitionable or implementation == backend.name
+            if problem is None and not splits:
+                problem = (
+                    "XLA splits this program over devices by itself, which the implementation "
+                    "cannot be part of; call it inside jax.shard_map"
+                )
+            if problem is None:
+                return backend, problems
+            problems[backend.name] = f"implementation {backend.name!r} cannot be used: {problem}"
+        why = "; ".join(problems.values()) or "no kernel was written for it"
+        raise ValueError(
+            f"implementation {implementation!r} is not to be had on {', '.join(platforms)}: {why}; "
+            f"there are {self._listing()}"
+        )
+
+    def named(self, name: str) -> Backend:
+        """The backend of that name."""
+        return next(backend for backend in self.backends if backend.name == name)
+
+    def is_partitionable(self, implementation: str | None) -> bool:
+        """Whether XLA can split over devices whatever `implementation` comes to."""
+        if implementation in (None, "kernel"):
+            return False
+        return implementation == "xla" or self.named(implementation).is_partitionable
+
+    def _listing(self) -> str:
+        return ", ".join(
+            f"{backend.name!r} ({', '.join(sorted(backend.platforms or ['every platform']))})"
+            for backend in self.backends
+        )
 
 
 def problem_with(backend: Backend, platforms: Sequence[str]) -> str | None:
     """What keeps a backend from being used on these platforms."""
     if backend.platforms is not None and not backend.platforms.issuperset(platforms):
         return "it is for other platforms"
-    return backend.what_keeps_it_from_use()
-
-
-def splits_by_itself(implementation: str | None) -> bool:
-    """Whether it is named, and one that XLA can split over devices by itself."""
-    return implementation is not None and _named(implementation).partitions
-
-
-def _named(name: str) -> Backend:
-    return next(backend for backend in BACKENDS if backend.name == name)
+    return backend.unavailable_reason()
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logging.getLogger("jax_roipool").warning(message)
-
-
-def _listing() -> str:
-    return ", ".join(
-        f"{backend.name!r} ({', '.join(sorted(backend.platforms or ['every platform']))})"
-        for backend in BACKENDS
-    )

@@ -29,6 +29,7 @@
 // To handlers it is opaque.
 struct XLA_FFI_Error {
   std::string message;
+  XLA_FFI_Error_Code code;
 };
 
 namespace fuzz {
@@ -48,6 +49,21 @@ inline unsigned float_mode() {
   return std::fegetround();
 #endif
 }
+
+// On this thread, `operator new` throws once, after so many more calls. A negative number is never.
+inline thread_local int64_t allocations_left = -1;
+
+class FailingAllocation {
+ public:
+  explicit FailingAllocation(int64_t allocations) : before_(allocations_left) {
+    allocations_left = allocations;
+  }
+  ~FailingAllocation() { allocations_left = before_; }
+  static bool has_failed() { return allocations_left < 0; }
+
+ private:
+  const int64_t before_;
+};
 
 // The default floating-point environment, or XLA's, in which subnormals are zeros.
 class FloatEnvironment {
@@ -149,22 +165,29 @@ inline const XLA_FFI_Api& api() {
     api.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR,
                        XLA_FFI_API_MINOR};
     api.XLA_FFI_Error_Create = [](XLA_FFI_Error_Create_Args* args) {
-      return new XLA_FFI_Error{args->message};
+      const FailingAllocation never(-1);  // XLA's own
+      return new XLA_FFI_Error{args->message, args->errc};
     };
     api.XLA_FFI_Error_GetMessage = [](XLA_FFI_Error_GetMessage_Args* args) {
       args->message = args->error->message.c_str();
     };
     api.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args* args) { delete args->error; };
     api.XLA_FFI_ThreadPool_Schedule = [](XLA_FFI_ThreadPool_Schedule_Args* args) -> XLA_FFI_Error* {
+      const FailingAllocation never(-1);  // XLA's own
       Pool& pool = *reinterpret_cast<Pool*>(args->ctx);
-      if (pool.start == Start::kRefused) return new XLA_FFI_Error{"no thread pool"};
+      if (pool.start == Start::kRefused) {
+        return new XLA_FFI_Error{"no thread pool", XLA_FFI_Error_Code_UNIMPLEMENTED};
+      }
       pool.schedule([task = args->task, data = args->data] { task(data); });
       return nullptr;
     };
     api.XLA_FFI_ThreadPool_NumThreads =
         [](XLA_FFI_ThreadPool_NumThreads_Args* args) -> XLA_FFI_Error* {
+      const FailingAllocation never(-1);  // XLA's own
       const Pool& pool = *reinterpret_cast<Pool*>(args->ctx);
-      if (pool.threads == 0) return new XLA_FFI_Error{"no thread pool"};
+      if (pool.threads == 0) {
+        return new XLA_FFI_Error{"no thread pool", XLA_FFI_Error_Code_UNIMPLEMENTED};
+      }
       *args->num_threads = pool.threads;
       return nullptr;
     };
@@ -173,7 +196,7 @@ inline const XLA_FFI_Api& api() {
   return table;
 }
 
-// Its memory is as long as it must be, so that AddressSanitizer sees what goes past it.
+// An array whose memory is as long as it must be: AddressSanitizer sees what goes past the end.
 struct Array {
   Array(XLA_FFI_DataType dtype, int64_t item_size, std::vector<int64_t> dims)
       : dtype(dtype), item_size(item_size), dims(std::move(dims)) {
@@ -199,10 +222,17 @@ struct Array {
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 
-// Calls a handler as XLA does, with `args` operands and then the results. Returns the message of
-// its error, "" if there is none.
-inline std::string call(Handler* handler, Pool& pool, std::vector<Array>& arrays, size_t args,
-                        std::optional<bool> empty_is_lowest, bool flush_subnormals) {
+// How a call has ended.
+struct Outcome {
+  XLA_FFI_Error_Code code = XLA_FFI_Error_Code_OK;
+  std::string message = "";
+  bool allocation_has_failed = false;
+};
+
+// Calls a handler as XLA does, with `args` operands and then the results. The handler's allocation
+// number `failing` fails, if that is not negative.
+inline Outcome call(Handler* handler, Pool& pool, std::vector<Array>& arrays, size_t args,
+                    std::optional<bool> empty_is_lowest, bool flush_subnormals, int64_t failing) {
   std::vector<XLA_FFI_Buffer> buffers;
   for (Array& array : arrays) {
     const bool is_null = buffers.size() < args && array.bytes() == 0;  // as XLA has it
@@ -237,9 +267,19 @@ inline std::string call(Handler* handler, Pool& pool, std::vector<Array>& arrays
 
   const FloatEnvironment environment(flush_subnormals);
   const unsigned mode = float_mode();
-  const std::unique_ptr<XLA_FFI_Error> error(handler(&frame));
+  Outcome outcome;
+  std::unique_ptr<XLA_FFI_Error> error;
+  {
+    const FailingAllocation armed(failing);
+    error.reset(handler(&frame));
+    outcome.allocation_has_failed = failing >= 0 && armed.has_failed();
+  }
   if (float_mode() != mode) fail("a call has changed the caller's floating-point environment");
-  return error ? error->message : "";
+  if (error) {
+    outcome.code = error->code;
+    outcome.message = error->message;
+  }
+  return outcome;
 }
 
 }  // namespace fuzz

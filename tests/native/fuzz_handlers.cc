@@ -2,7 +2,9 @@
 // compute with loops that are too plain to be wrong. Run it under sanitizers: `run_sanitized`.
 //
 //   fuzz_handlers [cases [first case]]
-//   fuzz_handlers --vectors    prints the set of vector instructions in use
+//   fuzz_handlers --vectors        prints the set of vector instructions in use
+//   fuzz_handlers --no-vectors     checks that every call is an error if a set is asked for that
+//                                  there is not
 //
 // Case number i is the same in every run, so one that has failed can be run alone.
 #include <unistd.h>
@@ -14,24 +16,17 @@
 #include <iomanip>
 #include <limits>
 #include <map>
-#include <new>
 #include <random>
 #include <sstream>
 
 #include "ffi_runtime.h"
 
 extern "C" {
-XLA_FFI_Error* jax_roipool_cpu_max(XLA_FFI_CallFrame*);
-XLA_FFI_Error* jax_roipool_cpu_argmax(XLA_FFI_CallFrame*);
-XLA_FFI_Error* jax_roipool_cpu_gather(XLA_FFI_CallFrame*);
-XLA_FFI_Error* jax_roipool_cpu_scatter(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_roipool_cpu_max_v2(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_roipool_cpu_argmax_v2(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_roipool_cpu_gather_v2(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_roipool_cpu_scatter_v2(XLA_FFI_CallFrame*);
 const char* jax_roipool_cpu_vectors();
-}
-
-// What handlers use for memory that they can do without. It fails after so many more calls.
-thread_local int64_t allocations_left = INT64_MAX;
-void* operator new[](size_t size, const std::nothrow_t&) noexcept {
-  return allocations_left-- > 0 ? ::operator new[](size) : nullptr;
 }
 
 namespace fuzz {
@@ -171,6 +166,7 @@ struct Sizes {
   int64_t G, n, H, W, C, K, P, Q;
 
   int64_t cells() const { return H * W; }
+  int64_t lanes() const { return 1 + 2 * P + 2 * Q; }
 };
 
 Sizes random_sizes(Random& random, uint64_t number) {
@@ -224,31 +220,29 @@ struct Target {
   size_t args;
   std::vector<const char*> names;  // of the operands, and then of the results
 
-  std::string call(Pool& pool, std::vector<Array>& arrays, bool empty_is_lowest, bool flush) const {
-    const bool has_attribute = args == 6;
+  Outcome call(Pool& pool, std::vector<Array>& arrays, bool empty_is_lowest, bool flush,
+               int64_t failing = -1) const {
+    const bool has_attribute = std::string(names[args]) == "pooled";
     return fuzz::call(handler, pool, arrays, args,
-                      has_attribute ? std::optional(empty_is_lowest) : std::nullopt, flush);
+                      has_attribute ? std::optional(empty_is_lowest) : std::nullopt, flush,
+                      failing);
   }
 };
 
 const Target kMax = {
-    "jax_roipool_cpu_max",
-    jax_roipool_cpu_max,
-    6,
-    {"features", "image_index", "row_start", "row_end", "col_start", "col_end", "pooled"}};
-const Target kArgmax = {"jax_roipool_cpu_argmax",
-                        jax_roipool_cpu_argmax,
-                        6,
-                        {"features", "image_index", "row_start", "row_end", "col_start", "col_end",
-                         "pooled", "argmax"}};
-const Target kGather = {"jax_roipool_cpu_gather",
-                        jax_roipool_cpu_gather,
+    "jax_roipool_cpu_max_v2", jax_roipool_cpu_max_v2, 2, {"features", "edges", "pooled"}};
+const Target kArgmax = {"jax_roipool_cpu_argmax_v2",
+                        jax_roipool_cpu_argmax_v2,
+                        2,
+                        {"features", "edges", "pooled", "argmax"}};
+const Target kGather = {"jax_roipool_cpu_gather_v2",
+                        jax_roipool_cpu_gather_v2,
                         3,
-                        {"features", "argmax", "image_index", "tangent"}};
-const Target kScatter = {"jax_roipool_cpu_scatter",
-                         jax_roipool_cpu_scatter,
+                        {"features", "argmax", "edges", "tangent"}};
+const Target kScatter = {"jax_roipool_cpu_scatter_v2",
+                         jax_roipool_cpu_scatter_v2,
                          3,
-                         {"cotangent", "argmax", "image_index", "gradient"}};
+                         {"cotangent", "argmax", "edges", "gradient"}};
 const Target* const kTargets[] = {&kMax, &kArgmax, &kGather, &kScatter};
 
 Array make(const std::string& name, const Sizes& s, const Dtype& dtype, const Dtype& argmax) {
@@ -257,9 +251,7 @@ Array make(const std::string& name, const Sizes& s, const Dtype& dtype, const Dt
   };
   if (name == "features") return of(dtype, {s.G, s.n, s.H, s.W, s.C});
   if (name == "gradient") return of(sum_dtype(dtype), {s.G, s.n, s.H, s.W, s.C});
-  if (name == "image_index") return of(kS32, {s.G, s.K});
-  if (name == "row_start" || name == "row_end") return of(kS32, {s.G, s.K, s.P});
-  if (name == "col_start" || name == "col_end") return of(kS32, {s.G, s.K, s.Q});
+  if (name == "edges") return of(kS32, {s.G, s.K, s.lanes()});
   return of(name == "argmax" ? argmax : dtype, {s.G, s.K, s.P, s.Q, s.C});
 }
 
@@ -282,59 +274,79 @@ class Case {
         s_(random_sizes(random_, number)),
         empty_is_lowest_(random_.below(2)),
         flush_(random_.below(4) > 0),
-        allocations_(random_.one_in(3) ? random_.in(0, 3) : INT64_MAX) {
-    for (const char* name : {"features", "image_index", "row_start", "row_end", "col_start",
-                             "col_end", "cotangent", "argmax"}) {
+        allocations_fail_(random_.one_in(4)) {
+    for (const char* name : {"features", "edges", "cotangent", "argmax"}) {
       inputs_.emplace(name, make(name, s_, dtype_, argmax_dtype_));
     }
     fill(inputs_.at("features"), elements(random_, dtype_));
     fill(inputs_.at("cotangent"), elements(random_, dtype_));
-    const bool hostile_images = random_.one_in(3), hostile_argmax = random_.one_in(2);
-    fill(inputs_.at("image_index"), [&] {
-      return hostile_images || s_.n == 0 ? hostile(random_, s_.n) : random_.below(s_.n);
-    });
+    const bool hostile_argmax = random_.one_in(2);
     fill(inputs_.at("argmax"), [&] {
       return hostile_argmax ? hostile(random_, s_.cells()) : random_.below(s_.cells() + 1) - 1;
     });
-    fill_edges(inputs_.at("row_start"), inputs_.at("row_end"), s_.H, s_.P);
-    fill_edges(inputs_.at("col_start"), inputs_.at("col_end"), s_.W, s_.Q);
+    fill_edges();
     expect();
   }
 
   void check(const std::vector<Pool*>& pools) {
     for (const Target* const each : kTargets) {
       const Target& target = *each;
-      const std::vector<Array> first = results(target, *pools[0]);
+      const std::vector<Array> first = *results(target, *pools[0]);
       compare(target, *pools[0], first);
       for (size_t i = 1; i < pools.size(); ++i) {
-        if (bits(results(target, *pools[i])) == bits(first)) continue;
+        if (bits(*results(target, *pools[i])) == bits(first)) continue;
         fail(describe(target, *pools[i]) + ": other bits than with pool " + pools[0]->name);
+      }
+      Pool& pool = *random_.of(pools);
+      // XLA's headers need memory where a pool refuses a task, and end the process without it.
+      if (allocations_fail_ && pool.start != Start::kRefused) {
+        check_failing_allocations(target, pool, first);
       }
     }
   }
 
  private:
-  void fill_edges(Array& start, Array& end, int64_t size, int64_t bins) {
-    const bool is_hostile = random_.one_in(3);
-    for (int64_t i = 0; i < start.count(); i += bins) {
-      int32_t* const starts = reinterpret_cast<int32_t*>(start.data.get()) + i;
-      int32_t* const ends = reinterpret_cast<int32_t*>(end.data.get()) + i;
-      roi_like_bins(random_, size, bins, starts, ends);
-      for (int64_t bin = 0; is_hostile && bin < bins; ++bin) {
-        starts[bin] = hostile(random_, size);
-        ends[bin] = hostile(random_, size);
-      }
+  // Each allocation in turn fails. The call then does without the memory, or says that it needs it.
+  void check_failing_allocations(const Target& target, Pool& pool,
+                                 const std::vector<Array>& wanted) {
+    for (int64_t failing = 0, has_failed = true; has_failed; ++failing) {
+      Outcome outcome;
+      const auto got = results(target, pool, failing, &outcome);
+      has_failed = outcome.allocation_has_failed;
+      if (!got || bits(*got) == bits(wanted)) continue;
+      fail(describe(target, pool) + ": other bits if allocation " + std::to_string(failing) +
+           " fails");
     }
+  }
+
+  void fill_edges() {
+    const bool hostile_images = random_.one_in(3), no_images = random_.one_in(12);
+    const bool hostile_rows = random_.one_in(3), hostile_cols = random_.one_in(3);
+    const bool any_bits = random_.one_in(12);
+    Array& edges = inputs_.at("edges");
+    if (any_bits) return fill(edges, [&] { return random_.bits(); });
+    int32_t* lane = reinterpret_cast<int32_t*>(edges.data.get());
+    for (int64_t roi = 0; roi < s_.G * s_.K; ++roi) {
+      if (no_images) {
+        *lane++ = random_.one_in(2) ? -1 - random_.below(3) : s_.n + random_.below(3);
+      } else {
+        *lane++ = hostile_images || s_.n == 0 ? hostile(random_, s_.n) : random_.below(s_.n);
+      }
+      lane = fill_axis(lane, s_.H, s_.P, hostile_rows);
+      lane = fill_axis(lane, s_.W, s_.Q, hostile_cols);
+    }
+  }
+
+  // Returns the end of the starts and ends of the bins.
+  int32_t* fill_axis(int32_t* lanes, int64_t size, int64_t bins, bool is_hostile) {
+    roi_like_bins(random_, size, bins, lanes, lanes + bins);
+    for (int64_t i = 0; is_hostile && i < 2 * bins; ++i) lanes[i] = hostile(random_, size);
+    return lanes + 2 * bins;
   }
 
   // What the contract says, an element of a pooled array after the other.
   void expect() {
-    const auto int32s = [&](const char* name) {
-      return reinterpret_cast<const int32_t*>(inputs_.at(name).data.get());
-    };
-    const int32_t* const image_indices = int32s("image_index");
-    const int32_t *const row_start = int32s("row_start"), *const row_end = int32s("row_end");
-    const int32_t *const col_start = int32s("col_start"), *const col_end = int32s("col_end");
+    const int32_t* const edges = reinterpret_cast<const int32_t*>(inputs_.at("edges").data.get());
     const std::vector<Number> features = decode(dtype_, inputs_.at("features"));
     const std::vector<Number> cotangent = decode(dtype_, inputs_.at("cotangent"));
     const std::vector<Number> argmax = decode(argmax_dtype_, inputs_.at("argmax"));
@@ -342,18 +354,21 @@ class Case {
     std::vector<Number>&tangent = expected_["tangent"], &gradient = expected_["gradient"];
     gradient.resize(features.size());
     for (size_t i = 0; i < cotangent.size(); ++i) {
-      const int64_t c = i % s_.C, row_bin = i / s_.C / s_.Q, roi = row_bin / s_.P;
-      const int64_t col_bin = roi * s_.Q + i / s_.C % s_.Q, image_index = image_indices[roi];
+      const int64_t c = i % s_.C, q = i / s_.C % s_.Q, p = i / s_.C / s_.Q % s_.P;
+      const int64_t roi = i / s_.C / s_.Q / s_.P;
+      const int32_t* const lanes = edges + roi * s_.lanes();
+      const int64_t image_index = lanes[0];
+      const int32_t *const rows = lanes + 1, *const cols = rows + 2 * s_.P;
       const bool has_image = 0 <= image_index && image_index < s_.n;
       const int64_t image = (roi / s_.K * s_.n + image_index) * s_.cells();
       const auto at = [&](int64_t cell) { return (image + cell) * s_.C + c; };
 
       Number maximum = 0;
       int64_t first = -1;
-      for (int64_t row = std::max(row_start[row_bin], 0);
-           has_image && row < std::min<int64_t>(row_end[row_bin], s_.H); ++row) {
-        for (int64_t col = std::max(col_start[col_bin], 0);
-             col < std::min<int64_t>(col_end[col_bin], s_.W); ++col) {
+      for (int64_t row = std::max(rows[p], 0);
+           has_image && row < std::min<int64_t>(rows[s_.P + p], s_.H); ++row) {
+        for (int64_t col = std::max(cols[q], 0); col < std::min<int64_t>(cols[s_.Q + q], s_.W);
+             ++col) {
           const Number value = features[at(row * s_.W + col)];
           if (first >= 0 && !(value > maximum) && (!std::isnan(value) || std::isnan(maximum))) {
             continue;
@@ -375,27 +390,32 @@ class Case {
     }
   }
 
-  // None if the call is wrong, and the handler has said so.
-  std::vector<Array> results(const Target& target, Pool& pool) {
+  // No arrays if the call is wrong, and the handler has said so. Nothing if it needs the memory of
+  // the allocation that has failed.
+  std::optional<std::vector<Array>> results(const Target& target, Pool& pool, int64_t failing = -1,
+                                            Outcome* outcome_of_call = nullptr) {
     std::vector<Array> arrays;
     for (size_t i = 0; i < target.names.size(); ++i) {
       arrays.push_back(make(target.names[i], s_, dtype_, argmax_dtype_));
       if (i >= target.args) continue;
       std::memcpy(arrays[i].data.get(), inputs_.at(target.names[i]).data.get(), arrays[i].bytes());
     }
-    allocations_left = allocations_;
-    const std::string error = target.call(pool, arrays, empty_is_lowest_, flush_);
-    allocations_left = INT64_MAX;
+    const Outcome outcome = target.call(pool, arrays, empty_is_lowest_, flush_, failing);
+    if (outcome_of_call != nullptr) *outcome_of_call = outcome;
+    if (outcome.allocation_has_failed && outcome.code == XLA_FFI_Error_Code_RESOURCE_EXHAUSTED &&
+        outcome.message.rfind(std::string(target.name) + ": out of memory; ", 0) == 0) {
+      return std::nullopt;
+    }
 
     std::string wanted;
     const bool has_argmax = &target != &kMax;
     if (has_argmax && argmax_dtype_.bits == 16 && s_.cells() > SHRT_MAX) wanted = "argmax";
     if (&target == &kScatter && dtype_.kind != 'f') wanted = "cotangent";
     if (!wanted.empty()) wanted = std::string(target.name) + ": " + wanted + " must be ";
-    if (error.rfind(wanted, 0) != 0 || wanted.empty() != error.empty()) {
-      fail(describe(target, pool) + ": error \"" + error + "\"");
+    if (outcome.message.rfind(wanted, 0) != 0 || wanted.empty() != outcome.message.empty()) {
+      fail(describe(target, pool) + ": error \"" + outcome.message + "\"");
     }
-    if (!error.empty()) return {};
+    if (!outcome.message.empty()) return std::vector<Array>();
     arrays.erase(arrays.begin(), arrays.begin() + target.args);
     return arrays;
   }
@@ -434,8 +454,7 @@ class Case {
   Random random_;
   const Dtype dtype_, argmax_dtype_;
   const Sizes s_;
-  const bool empty_is_lowest_, flush_;
-  const int64_t allocations_;
+  const bool empty_is_lowest_, flush_, allocations_fail_;
   std::map<std::string, Array> inputs_;
   std::map<std::string, std::vector<Number>> expected_;
 };
@@ -469,7 +488,7 @@ void expect_error(const Target& target, const Sizes& s, const Dtype& dtype, cons
     std::memset(arrays.back().data.get(), 0, arrays.back().bytes());
   }
   if (wrong) arrays[place] = *std::move(wrong);
-  const std::string error = target.call(pool, arrays, false, true);
+  const std::string error = target.call(pool, arrays, false, true).message;
   if (error.rfind(target.name + (": " + name), 0) == 0 &&
       error.find(" must be ") != std::string::npos) {
     return;
@@ -519,6 +538,15 @@ void check_wrong_calls() {
       }
     }
     for (const Sizes& s : huge) expect_error(target, s, kF32, kS32, target.names[map]);
+    const size_t pooled = &target == &kScatter ? 0 : target.args;
+    for (const int64_t bins : {int64_t{1} << 31, int64_t{1} << 60}) {
+      for (const Sizes& s : {Sizes{1, 1, 1, 1, 0, 0, bins, 1}, Sizes{1, 1, 1, 1, 0, 0, 1, bins}}) {
+        expect_error(target, s, kF32, kS32, target.names[pooled]);
+      }
+    }
+    Array image_index_only(XLA_FFI_DataType_S32, 4, {right.G, right.K});
+    const size_t edges = target.args - 1;
+    expect_error(target, right, kF32, kS32, "edges", edges, std::move(image_index_only));
     if (&target != &kMax) {
       expect_error(target, {1, 1, 128, 256, 1, 1, 1, 1}, kF32, kS16, "argmax");
     }
@@ -531,6 +559,30 @@ void check_wrong_calls() {
         expect_error(target, right, narrow, kS32, "gradient", map, std::move(features));
       }
     }
+  }
+}
+
+// The environment variable is read once, by the first call.
+void check_calls_without_vectors() {
+  setenv("JAX_ROIPOOL_CPU_VECTORS", "sse9", 1);
+  const std::string wanted =
+      "the environment variable JAX_ROIPOOL_CPU_VECTORS must be unset or one of ";
+  const Sizes sizes = {1, 1, 2, 2, 1, 1, 1, 1};
+  Pool pool("none", 0, Start::kNever);
+  for (const Target* const target : kTargets) {
+    std::vector<Array> arrays;
+    for (const char* name : target->names) arrays.push_back(make(name, sizes, kF32, kS32));
+    const Outcome outcome = target->call(pool, arrays, false, true);
+    if (outcome.code == XLA_FFI_Error_Code_INVALID_ARGUMENT &&
+        outcome.message.rfind(std::string(target->name) + ": " + wanted, 0) == 0 &&
+        outcome.message.find("baseline") != std::string::npos &&
+        outcome.message.find("sse9") != std::string::npos) {
+      continue;
+    }
+    fail(std::string(target->name) + ": vectors \"sse9\" give \"" + outcome.message + "\"");
+  }
+  if (std::string(jax_roipool_cpu_vectors()).rfind(wanted, 0) != 0) {
+    fail(std::string("the vectors are \"") + jax_roipool_cpu_vectors() + "\"");
   }
 }
 
@@ -560,6 +612,10 @@ void run(uint64_t cases, uint64_t first) {
 int main(int argc, char** argv) {
   if (argc > 1 && std::string(argv[1]) == "--vectors") {
     std::puts(jax_roipool_cpu_vectors());
+    return 0;
+  }
+  if (argc > 1 && std::string(argv[1]) == "--no-vectors") {
+    fuzz::check_calls_without_vectors();
     return 0;
   }
   fuzz::run(argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 500,

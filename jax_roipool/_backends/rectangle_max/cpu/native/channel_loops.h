@@ -1,0 +1,80 @@
+// The innermost loops: over the channels of a few cells. Everything that depends on the type of an
+// element is here, and nothing else is compiled once per set of vector instructions.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace jax_roipool {
+
+enum class Element {
+  kFloat32,
+  kFloat64,
+  kBfloat16,
+  kFloat16,
+  kInt8,
+  kInt16,
+  kInt32,
+  kInt64,
+  kUint8,
+  kUint16,
+  kUint32,
+  kUint64,
+};
+constexpr int kElements = 12;
+
+// Argmaxes are int16 where an int16 can hold every index of a map: argmaxes are read and written as
+// often as maxima.
+enum class Argmax { kInt16, kInt32 };
+constexpr int kArgmaxes = 2;
+
+// A cell is a pointer to the [channels] of one place of a feature map, and what is pooled of a bin,
+// its argmax, tangent and cotangent are [channels] too; `c` is a channel. NaN is larger than any
+// number and zeros are equal. The floating-point environment must be the default one: XLA's treats
+// subnormals as zeros.
+struct ChannelLoops {
+  int64_t item_size;    // of an element
+  int64_t argmax_size;  // of an argmax
+  int64_t sum_size;     // of a sum of gradients, in float32 at least; 0 for integers
+
+  // pooled[c] = the largest of the cells' [c], and of pooled[c] too if `resume`.
+  void (*max)(const void* const* cells, int64_t count, int64_t channels, bool resume, void* pooled);
+
+  // Does the same as `max`, and argmax[c] = the index of the first cell with the largest [c]. With
+  // `resume`, the cells that `pooled` and `argmax` are of come before all these cells.
+  void (*argmax)(const void* const* cells, const int32_t* indices, int64_t count, int64_t channels,
+                 bool resume, void* pooled, void* argmax);
+
+  // Does the same as `argmax` for cells in any order, each with [channels] of argmaxes.
+  void (*merge)(const void* const* cells, const void* const* argmaxes, int64_t count,
+                int64_t channels, bool resume, void* pooled, void* argmax);
+
+  // pooled[c] = -infinity, or the smallest integer.
+  void (*fill_lowest)(int64_t channels, void* pooled);
+
+  // tangent[c] = map[argmax[c]][c], or 0 if argmax[c] is not in [0, cells). `map` is
+  // [cells, channels].
+  void (*gather)(const void* map, const void* argmax, int64_t cells, int64_t channels,
+                 void* tangent);
+
+  // sums[argmax[c]][c] += cotangent[c], if argmax[c] is in [0, cells). From one cell of `sums` to
+  // the next there are `stride` channels.
+  void (*scatter)(const void* cotangent, const void* argmax, int64_t cells, int64_t channels,
+                  int64_t stride, void* sums);
+};
+
+// In the order of Element and of Argmax.
+using Tables = std::array<std::array<ChannelLoops, kArgmaxes>, kElements>;
+
+// The sets of vector instructions, as far as channel_loops.cc is compiled for them.
+namespace baseline {
+extern const Tables kTables;
+}
+namespace avx2 {
+extern const Tables kTables;
+}
+namespace avx512 {
+extern const Tables kTables;
+}
+
+}  // namespace jax_roipool

@@ -1,0 +1,71 @@
+// One loop over many threads, on a pool that may be busy.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+
+namespace jax_roipool {
+
+struct Threads {
+  int64_t count;
+  // Runs a function at some time, on some thread.
+  std::function<void(std::function<void()>)> schedule;
+};
+
+// XLA's threads take subnormals for zeros; here they are numbers.
+class DefaultFloatEnvironment {
+ public:
+  DefaultFloatEnvironment() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatEnvironment() { std::fesetenv(&before_); }
+
+ private:
+  std::fenv_t before_;
+};
+
+// Runs task(0), ..., task(tasks - 1), some of them at the same time. A task must not throw.
+//
+// Whoever is free takes the next task. The caller takes part, so all tasks get done even if the
+// pool never starts anything; the caller waits only for tasks that are under way. A helper that
+// starts late finds no task left, and touches nothing but the shared state.
+inline void parallel_for(const Threads& threads, int64_t tasks,
+                         const std::function<void(int64_t)>& task) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> left;
+    std::mutex mutex;
+    std::condition_variable done;
+  };
+  const auto state = std::make_shared<State>();
+  state->left = tasks;
+  const auto work = [state, tasks, &task]() noexcept {
+    const DefaultFloatEnvironment environment;
+    for (int64_t i; (i = state->next.fetch_add(1)) < tasks;) {
+      task(i);
+      if (state->left.fetch_sub(1) == 1) {
+        const std::lock_guard lock(state->mutex);
+        state->done.notify_one();
+      }
+    }
+  };
+  const int64_t helpers = std::min(threads.count, tasks) - 1;
+  try {
+    for (int64_t i = 0; i < helpers; ++i) threads.schedule(work);
+  } catch (const std::bad_alloc&) {
+    // There are fewer helpers. Those that have started use `task`, so this function goes on.
+  }
+  work();
+  std::unique_lock lock(state->mutex);
+  state->done.wait(lock, [&] { return state->left <= 0; });
+}
+
+}  // namespace jax_roipool

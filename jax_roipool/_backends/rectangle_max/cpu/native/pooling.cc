@@ -1,0 +1,189 @@
+#include "pooling.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "memory.h"
+#include "pyramid.h"
+
+namespace jax_roipool {
+namespace {
+
+// The maximum of one bin, from the cells and tiles that make it up.
+class Bin {
+ public:
+  Bin(const ChannelLoops& loops, int64_t channels, const std::vector<Level>& levels, void* pooled,
+      void* argmax)
+      : loops_(loops), channels_(channels), levels_(levels), pooled_(pooled), argmax_(argmax) {}
+
+  // Takes the tiles of a level in these rows and columns, which are not empty.
+  void add(size_t level, Range rows, Range cols) {
+    // The tiles of the next level that lie inside.
+    const Range inner_rows = {(rows.start + 1) / 2, rows.end / 2};
+    const Range inner_cols = {(cols.start + 1) / 2, cols.end / 2};
+    if (level + 1 == levels_.size() || inner_rows.size() == 0 || inner_cols.size() == 0) {
+      for (int64_t row = rows.start; row < rows.end; ++row) add_row(level, row, cols);
+    } else {
+      for (int64_t row = rows.start; row < rows.end; ++row) {
+        if (row / 2 < inner_rows.start || row / 2 >= inner_rows.end) {
+          add_row(level, row, cols);
+        } else {
+          add_row(level, row, {cols.start, 2 * inner_cols.start});
+          add_row(level, row, {2 * inner_cols.end, cols.end});
+        }
+      }
+      flush(level);
+      add(level + 1, inner_rows, inner_cols);
+    }
+    flush(level);
+  }
+
+ private:
+  static constexpr int64_t kCells = 64;
+
+  void add_row(size_t level, int64_t row, Range cols) {
+    const Level& tiles = levels_[level];
+    for (int64_t col = cols.start; col < cols.end; ++col) {
+      const int64_t cell = row * tiles.width + col;
+      cells_[count_] = at(tiles.values, cell * channels_ * loops_.item_size);
+      indices_[count_] = static_cast<int32_t>(cell);
+      if (tiles.argmax != nullptr) {
+        argmaxes_[count_] = at(tiles.argmax, cell * channels_ * loops_.argmax_size);
+      }
+      if (++count_ == kCells) flush(level);
+    }
+  }
+
+  void flush(size_t level) {
+    if (count_ == 0) return;
+    if (argmax_ == nullptr) {
+      loops_.max(cells_, count_, channels_, resume_, pooled_);
+    } else if (level == 0) {
+      loops_.argmax(cells_, indices_, count_, channels_, resume_, pooled_, argmax_);
+    } else {
+      loops_.merge(cells_, argmaxes_, count_, channels_, resume_, pooled_, argmax_);
+    }
+    resume_ = true;
+    count_ = 0;
+  }
+
+  const ChannelLoops& loops_;
+  const int64_t channels_;
+  const std::vector<Level>& levels_;
+  void *const pooled_, *const argmax_;
+
+  bool resume_ = false;
+  int64_t count_ = 0;
+  const void *cells_[kCells], *argmaxes_[kCells];
+  int32_t indices_[kCells];
+};
+
+}  // namespace
+
+void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+                   const void* features, const Rectangles& rectangles, bool empty_is_lowest,
+                   void* pooled, void* argmax, const Threads& threads) {
+  if (shape.size() == 0) return;
+  const int64_t num_rois = shape.num_groups * shape.num_rois;
+  const int64_t pooled_bytes = shape.channels * loops.item_size;
+  const int64_t argmax_bytes = shape.channels * loops.argmax_size;
+  prefer_huge_pages(pooled, num_rois * shape.bins() * pooled_bytes);
+  if (argmax != nullptr) prefer_huge_pages(argmax, num_rois * shape.bins() * argmax_bytes);
+
+  const Pyramid pyramid(loops, map, shape, features, rectangles, argmax != nullptr, threads);
+  const auto pool_bin_row = [&](int64_t roi, int64_t bin_row) {
+    const int64_t image_index = rectangles.image_index(roi);
+    const bool has_image = image_index >= 0;
+    const Range rows = rectangles.rows(roi, bin_row);
+    for (int64_t bin_col = 0; bin_col < shape.bin_cols; ++bin_col) {
+      const Range cols = rectangles.cols(roi, bin_col);
+      const int64_t bin = (roi * shape.bin_rows + bin_row) * shape.bin_cols + bin_col;
+      void* const bin_pooled = at(pooled, bin * pooled_bytes);
+      void* const bin_argmax = argmax == nullptr ? nullptr : at(argmax, bin * argmax_bytes);
+      if (has_image && rows.size() > 0 && cols.size() > 0) {
+        const int64_t image = roi / shape.num_rois * map.num_images + image_index;
+        Bin(loops, map.channels, pyramid.levels(image), bin_pooled, bin_argmax).add(0, rows, cols);
+        continue;
+      }
+      if (has_image && empty_is_lowest) {
+        loops.fill_lowest(shape.channels, bin_pooled);
+      } else {
+        std::memset(bin_pooled, 0, pooled_bytes);
+      }
+      if (bin_argmax != nullptr) std::memset(bin_argmax, 0xFF, argmax_bytes);  // -1
+    }
+  };
+  // Neighbouring bins read the same cells, so a thread takes whole RoIs if there are many.
+  if (num_rois < 8 * threads.count) {
+    parallel_for(threads, num_rois * shape.bin_rows,
+                 [&](int64_t task) { pool_bin_row(task / shape.bin_rows, task % shape.bin_rows); });
+  } else {
+    parallel_for(threads, num_rois, [&](int64_t roi) {
+      for (int64_t bin_row = 0; bin_row < shape.bin_rows; ++bin_row) pool_bin_row(roi, bin_row);
+    });
+  }
+}
+
+void gather_at_argmax(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+                      const void* features, const void* argmax, const Rectangles& rectangles,
+                      void* tangent, const Threads& threads) {
+  const int64_t channels = shape.channels, bin_bytes = channels * loops.item_size;
+  prefer_huge_pages(tangent, shape.size() * loops.item_size);
+  parallel_for(threads, shape.num_groups * shape.num_rois, [&](int64_t roi) {
+    const int64_t image_index = rectangles.image_index(roi), group = roi / shape.num_rois;
+    const int64_t image = group * map.num_images + std::max<int64_t>(image_index, 0);
+    const int64_t cells = image_index < 0 ? 0 : map.cells();  // no argmax is one of no cells
+    for (int64_t bin = roi * shape.bins(); bin < (roi + 1) * shape.bins(); ++bin) {
+      loops.gather(at(features, image * map.image_size() * loops.item_size),
+                   at(argmax, bin * channels * loops.argmax_size), cells, channels,
+                   at(tangent, bin * bin_bytes));
+    }
+  });
+}
+
+void scatter_at_argmax(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+                       const void* cotangent, const void* argmax, const Rectangles& rectangles,
+                       void* gradient, const Threads& threads) {
+  const int64_t channels = map.channels, num_images = map.num_groups * map.num_images;
+  const int64_t bins = shape.num_groups * shape.num_rois * shape.bins();
+  if (num_images * map.image_size() == 0) return;
+  prefer_huge_pages(gradient, num_images * map.image_size() * loops.sum_size);
+
+  // Threads share out the images, and then the channels, so that no two threads write to one cell.
+  // There are as few blocks of channels as keep the threads busy, since what is read from end to
+  // end is read fastest.
+  const int64_t parts = std::max<int64_t>(1, (threads.count + num_images - 1) / num_images);
+  const int64_t unit = kCacheLine / loops.sum_size;
+  const int64_t block = ((channels + parts - 1) / parts + unit - 1) / unit * unit;
+  const int64_t blocks = (channels + block - 1) / block;
+  // Where a thread reads a part of each bin only, the processor does not see what comes next.
+  constexpr int64_t kBinsAhead = 8;
+
+  parallel_for(threads, num_images * blocks, [&](int64_t task) {
+    const int64_t image = task / blocks, group = image / map.num_images;
+    const int64_t channel = task % blocks * block, count = std::min(block, channels - channel);
+    const auto cotangent_of = [&](int64_t bin) {
+      return at(cotangent, (bin * channels + channel) * loops.item_size);
+    };
+    const auto argmax_of = [&](int64_t bin) {
+      return at(argmax, (bin * channels + channel) * loops.argmax_size);
+    };
+    void* const sums = at(gradient, (image * map.image_size() + channel) * loops.sum_size);
+    for (int64_t cell = 0; cell < map.cells(); ++cell) {
+      std::memset(at(sums, cell * channels * loops.sum_size), 0, count * loops.sum_size);
+    }
+    for (int64_t roi = group * shape.num_rois; roi < (group + 1) * shape.num_rois; ++roi) {
+      if (rectangles.image_index(roi) != image % map.num_images) continue;
+      for (int64_t bin = roi * shape.bins(); bin < (roi + 1) * shape.bins(); ++bin) {
+        if (blocks > 1 && bin + kBinsAhead < bins) {
+          prefetch(cotangent_of(bin + kBinsAhead), count * loops.item_size);
+          prefetch(argmax_of(bin + kBinsAhead), count * loops.argmax_size);
+        }
+        loops.scatter(cotangent_of(bin), argmax_of(bin), map.cells(), count, channels, sums);
+      }
+    }
+  });
+}
+
+}  // namespace jax_roipool
