@@ -41,17 +41,17 @@ from measure import check
 from workloads import WORKLOADS, Inputs, Workload
 
 import jax_roipool
-from jax_roipool import _backends
+from jax_roipool._backends import problem_with
+from jax_roipool._backends.rectangle_max import FAMILY, dense, segment_max
 
 ROUNDS = 5
 COPY_BYTES, SMALL_COPY_BYTES = 1 << 30, 1 << 24
 # Largest error of a gradient, as a share of the largest: rounding of sums, and of what they give.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
-# Constants of the backends' modules to try other values of: how much they may take at once.
+# Backends with a constant CHUNK_BYTES, how much they may take at once, and values to try for it.
 SIZES = {
-    "xla": ("CHUNK_BYTES", (1 << 28, 1 << 32)),
-    "dense": ("CHUNK_BYTES", (1 << 30,)),
-    "table": ("TABLE_BYTES", (1 << 28, 1 << 30)),
+    "segment_max": (segment_max, (1 << 28, 1 << 32)),
+    "dense": (dense, (1 << 30,)),
 }
 
 
@@ -111,14 +111,14 @@ class Ours:
         if self.size is None:
             yield
             return
-        module, (constant, _) = getattr(_backends, self.implementation), SIZES[self.implementation]
-        before = getattr(module, constant)
-        setattr(module, constant, self.size)
+        module, _ = SIZES[self.implementation]
+        before = module.CHUNK_BYTES
+        module.CHUNK_BYTES = self.size
         jax.clear_caches()  # else it would not be traced again
         try:
             yield
         finally:
-            setattr(module, constant, before)
+            module.CHUNK_BYTES = before
             jax.clear_caches()
 
 
@@ -141,12 +141,12 @@ class TorchvisionHere(Torchvision):
 def candidates() -> tuple[list, dict[str, str]]:
     """All that run here, torchvision last, and why others do not."""
     found, missing = [], {}
-    for backend in _backends.BACKENDS:
-        problem = _backends.problem_with(backend, [jax.default_backend()])
+    for backend in FAMILY.backends:
+        problem = problem_with(backend, [jax.default_backend()])
         if problem:
             missing[backend.name] = problem
             continue
-        _, sizes = SIZES.get(backend.name, ("", ()))
+        _, sizes = SIZES.get(backend.name, (None, ()))
         found += [Ours(backend.name, size) for size in (None, *sizes)]
     try:
         found.append(TorchvisionHere())

@@ -15,7 +15,11 @@ def vary_with(x: jax.Array, *others: jax.Array) -> jax.Array:
     that were added, as it has to be where only another array is sharded.
     """
     axes = tuple(frozenset().union(*map(_varying, others)) - _varying(x))
-    return lax.pcast(x, axes, to="varying") if axes else x
+    if not axes:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, axes, to="varying")
+    return lax.pvary(x, axes)  # pyright: ignore[reportAttributeAccessIssue]  # before JAX 0.9
 
 
 def vary_together(*arrays: jax.Array) -> list[jax.Array]:

@@ -266,7 +266,7 @@ def custom_partitioning_of(axes: Axes, whole: Callable, device_function: Callabl
         return mesh, device_function(made, mesh), out_shardings, tuple(in_shardings)
 
     letters = dict.fromkeys("".join((*axes.operands, *axes.results)))
-    call = custom_partitioning(whole)
+    call = custom_partitioning(lambda *operands: whole(*operands))
     call.def_partition(
         partition,
         sharding_rule=" -> ".join(

@@ -112,7 +112,7 @@ _pool.defvjp(_pool_fwd, _pool_bwd)
 def _residual_dtype(features_type) -> np.dtype:
     """The narrowest for an argmax: it is as long as the output, and costs time to move."""
     height, width = features_type.shape[2:4]
-    return np.dtype(np.int16 if height * width <= np.iinfo(np.int16).max else np.int32)
+    return np.dtype(np.int16 if height * width - 1 <= np.iinfo(np.int16).max else np.int32)
 
 
 def _scatter(cotangent, argmax, edges, features_type, implementation):

@@ -3,6 +3,7 @@
 A program of its own, as host devices are counted when JAX starts.
 """
 
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_roipool
+import toy
 from compiled import COLLECTIVES, Program
 from harness import distinct_features, random_rois, whole_cotangent
 
@@ -126,6 +128,84 @@ def everything(mesh):
     return cases
 
 
+FEATURES_SPLIT = (P(), P("x"), P(("x", "y")), P("y", None, None, "x"), P(None, None, "y"))
+ROIS_SPLIT = (P(), P("x"), P("y", "x"), P(None, ("x", "y")), P("x", None, "y"))
+MASK_SPLIT = (None, P("x"), P(), P("y", "x"))
+
+
+def product(mesh):
+    """Features, RoIs and masks, each split in its own way, against one device: what goes wrong."""
+    mask = jnp.asarray(np.arange(N * K).reshape(N, K) % 5 > 0)
+
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    def both(features, rois, roi_mask):
+        def pool(features):
+            return jax_roipool.roi_pool(features, rois, BINS, roi_mask=roi_mask)
+
+        pooled, pullback = jax.vjp(pool, features)
+        return pooled, pullback(jnp.round(pooled / 64))[0]
+
+    def of_sets(features, rois):
+        def pool(features):
+            return jax.vmap(lambda rois: jax_roipool.roi_pool(features, rois, BINS))(rois)
+
+        pooled, pullback = jax.vjp(pool, features)
+        return pooled, pullback(jnp.round(pooled / 64))[0]
+
+    def problem(function, wanted, *arguments):
+        try:
+            results = jax.jit(function)(*arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        if not same(results, wanted):
+            return "other values"
+        like = jax.typeof(arguments[0])
+        if "Explicit" in str(mesh) and jax.typeof(results[1]) != like:
+            return f"the gradient of {like} is {jax.typeof(results[1])}"
+        return None
+
+    problems = {}
+    plain = {masked: both(FEATURES, ROIS, mask if masked else None) for masked in (False, True)}
+    pairs = itertools.product(FEATURES_SPLIT, ROIS_SPLIT)
+    for (features, rois), roi_mask in zip(pairs, itertools.cycle(MASK_SPLIT), strict=False):
+        masks = () if roi_mask is None else (put(mask, roi_mask),)
+        arguments = put(FEATURES, features), put(ROIS, rois), *(masks or (None,))
+        case = f"{features}, {rois}, {roi_mask}"
+        problems[case] = problem(both, plain[bool(masks)], *arguments)
+    plain = of_sets(FEATURES[0], ROIS)
+    for features, rois in itertools.product((P(), P(None, None, "y")), ROIS_SPLIT):
+        arguments = put(FEATURES[0], features), put(ROIS, rois)
+        problems[f"vmap, {features}, {rois}"] = problem(of_sets, plain, *arguments)
+    return problems
+
+
+def toys(mesh):
+    """The toy primitive, its images and RoIs split over other devices than each other, or alike."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(-9, 9, (1, 8, 4096)), jnp.float32)
+    packed = jnp.asarray(rng.integers(-1, 9, (1, 16, 2)), jnp.int32)
+    values = jnp.asarray(rng.integers(-9, 9, (1, 16, 4096)), jnp.float32)
+    problems = {}
+    for n, k in itertools.product((None, "x", "y"), repeat=2):
+
+        def put(x, name):
+            return jax.device_put(x, NamedSharding(mesh, P(None, name)))
+
+        scaled = jax.jit(toy.apply_scale)(put(images, n), put(packed, k))
+        total = jax.jit(lambda *x: toy.apply_total(*x, 8))(put(values, k), put(packed, k))
+        problems[f"{n}, {k}"] = (
+            None
+            if same(
+                (scaled, total),
+                (toy.apply_scale(images, packed), toy.apply_total(values, packed, 8)),
+            )
+            else "other values"
+        )
+    return problems
+
+
 def others():
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 
@@ -188,10 +268,12 @@ def others():
 
 def main():
     modes = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-    results = {
-        name: everything(jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2))
-        for name, kind in modes.items()
-    }
+    results = {}
+    for name, kind in modes.items():
+        mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+        results[name] = everything(mesh)
+        results[f"product, {name}"] = product(mesh)
+        results[f"toys, {name}"] = toys(mesh)
     print(json.dumps(results | {"others": others()}))
 
 

@@ -110,7 +110,8 @@ def test_the_residual_of_a_small_map_is_narrow():
         return {name for name in ("i16", "i32") if f"{name}[1,6,2,2,1]" in jaxpr}
 
     assert argmax_dtypes((8, 9, 1)) == {"i16"}
-    assert argmax_dtypes((128, 256, 1)) == {"i32"}  # one index more than int16 has
+    assert argmax_dtypes((128, 256, 1)) == {"i16"}  # as many cells as int16 has indices
+    assert argmax_dtypes((129, 255, 1)) == {"i32"}
 
 
 def test_the_gradient_is_the_same_bits_every_time():

@@ -9,9 +9,11 @@ from jax.sharding import PartitionSpec as P
 import jax_roipool
 from compiled import COLLECTIVES, WORKLOADS
 from cuda_compiler import Compiled, mesh, on_the_gpu
-from jax_roipool._backends import table
+from jax_roipool import CONVENTIONS
+from jax_roipool._bins import packed_edges
+from jax_roipool._rois import canonical_rois
 
-PORTABLE = ("xla", "table", "dense")
+PORTABLE = ("blocks", "dense", "segment_max")
 DTYPES = (jnp.float32, jnp.bfloat16)
 ids = {"ids": lambda dtype: jnp.dtype(dtype).name}
 
@@ -32,17 +34,13 @@ def compiled(implementation, features, rois, dtype=jnp.float32, output_size=7, g
     return Compiled(pool, *arguments)
 
 
-def entry(program):
-    """The text of the program without what it calls: loops, branches, fusions."""
-    return program.text[program.text.index("\nENTRY") :]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 @pytest.mark.parametrize("workload", ("vgg-train", "fpn-p2"))
 @pytest.mark.parametrize(
     ("implementation", "loops", "scatters"),
     (
-        pytest.param("xla", 1, 2, id="xla"),  # chunks of RoIs; rows and columns of bins
+        pytest.param(None, 1, 0, id="blocks"),
+        pytest.param("segment_max", 1, 2, id="segment_max"),  # chunks of RoIs; rows, and columns
         pytest.param("dense", 1, 0, id="dense"),
     ),
 )
@@ -55,8 +53,9 @@ def test_forward(implementation, loops, scatters, workload, dtype):
 @pytest.mark.parametrize(
     ("implementation", "loops", "scatters"),
     (
+        pytest.param(None, 2, 1, id="blocks"),  # maxima, and where they are
         # Two for the maxima, two for their cells, and the gradient.
-        pytest.param("xla", 1, 5, id="xla"),
+        pytest.param("segment_max", 1, 5, id="segment_max"),
         pytest.param("dense", 2, 0, id="dense"),
     ),
 )
@@ -70,44 +69,45 @@ def test_the_gradient_is_sorted_only_where_xla_is_told_to_fix_its_order(implemen
     assert compiled(implementation, *WORKLOADS["vgg-train"], gradient=True).count("sort") == 0
 
 
-def test_the_table_takes_one_loop_over_its_blocks_and_no_scatter():
-    # One bin: windows reach everywhere, and nothing is left to `xla`.
-    program = compiled("table", *WORKLOADS["vgg-train"], output_size=1)
-    assert (program.count("while"), program.count("scatter", "conditional")) == (1, 0)
-    program = compiled("table", *WORKLOADS["vgg-train"], output_size=1, gradient=True)
-    assert (program.count("while"), program.count("scatter")) == (1, 1)
-
-
-def test_a_table_that_fits_takes_no_loop(monkeypatch):
-    monkeypatch.setattr(table, "TABLE_BYTES", 1 << 30)
-    program = compiled("table", *WORKLOADS["vgg-train"], output_size=1)
-    assert program.count("while", "scatter", "conditional") == 0
-
-
-@pytest.mark.parametrize("workload", ("vgg-train", "fpn-p2"))
-def test_the_table_leaves_larger_bins_to_one_branch(workload):
-    program = compiled("table", *WORKLOADS[workload])
-    assert program.count("conditional") == 1
-    assert " while(" not in entry(program)
-    assert " scatter(" not in entry(program)
+@pytest.mark.parametrize("gradient", (False, True), ids=("forward", "both passes"))
+def test_few_launches(gradient):
+    """Beside the loops; a step of a loop is one fusion, a counter and a condition."""
+    program = compiled(None, *WORKLOADS["vgg-train"], gradient=gradient)
+    entry = program.text[program.text.index("\nENTRY") :]
+    assert entry.count(" fusion(") + entry.count(" custom-call(") <= (24 if gradient else 12)
+    assert program.count("conditional", "sort", "custom-call") == 0
 
 
 @pytest.mark.parametrize("argmax", (False, True), ids=("forward", "both passes"))
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
-@pytest.mark.parametrize("workload", WORKLOADS)
-def test_temporary_memory_of_the_table(workload, dtype, argmax):
+@pytest.mark.parametrize("workload", ("vgg-train", "fpn-p2"))
+def test_temporary_memory_of_the_blocks(workload, dtype, argmax):
     (images, height, width, channels), rois = WORKLOADS[workload]
     itemsize = jnp.dtype(dtype).itemsize
-    index = (2 if height * width < 2**15 else 4) if argmax else 0
-    levels = table._levels(height, 7) * table._levels(width, 7)
-    cells, bins = images * height * width, rois * 7 * 7
-    at_least = levels * cells * 16 * (itemsize + index)
-    keys, pooled = cells * channels * itemsize, bins * channels * (itemsize + index)
-    # The features' keys; twice a block's bins and all of them; float32 sums of a bfloat16 gradient.
-    sums = 4 * cells * channels if argmax else 0
-    bound = max(1 << 23, at_least) + keys + 3 * pooled + sums
-    program = compiled("table", *WORKLOADS[workload], dtype, gradient=argmax)
+    index = (2 if height * width <= 2**15 else 4) if argmax else 0
+    cells, bins = images * height * width * channels, rois * 7 * 7 * channels
+    # Keys, windows, and both after each other; bins before and after a step, and as features.
+    sums = 4 * cells if argmax else 0
+    bound = 4 * cells * (itemsize + index) + bins * (3 * itemsize + (12 if argmax else 0)) + sums
+    program = compiled(None, *WORKLOADS[workload], dtype, gradient=argmax)
     assert program.temporary_bytes < bound
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_edges_are_one_fusion(convention):
+    """Of rounding, scaling and clipping: what stands beside a kernel."""
+
+    def edges(rois, spatial_scale, roi_mask):
+        cells = canonical_rois(rois, roi_mask, spatial_scale, images=1)
+        return packed_edges(*cells, (7, 7), (38, 50), CONVENTIONS[convention])
+
+    program = Compiled(
+        edges,
+        on_the_gpu((1000, 5), jnp.float32),
+        on_the_gpu((), jnp.float32),
+        on_the_gpu((1000,), jnp.bool_),
+    )
+    assert program.text[program.text.index("\nENTRY") :].count(" fusion(") == 1
 
 
 MAPS, ROIS = (8, 38, 50, 512), (8, 64, 4)

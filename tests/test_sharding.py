@@ -44,7 +44,7 @@ def results():
         [sys.executable, "-W", "error", Path(__file__).with_name("sharded.py")],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -147,6 +147,13 @@ def test_flat_rois_on_all_devices_sum_their_bins(cases):
         "all-reduce f32[1,32,2,2,8]",
         "all-reduce s32[1,32,2,2,8]",
     ]
+
+
+@pytest.mark.parametrize("group", ("product", "toys"))
+def test_arrays_that_are_split_apart_give_one_devices_bits(group, results, mode):
+    problems = results[f"{group}, {mode}"]
+    assert len(problems) >= 9
+    assert not {case: problem for case, problem in problems.items() if problem}
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ list of arrays:
   (n, H, W), the sum over all cotangents that go to a cell, in float32 at least. On a GPU the
   portable ones add in no fixed order; all others do in the same from run to run.
 
-An image index outside `[0, n)` gives 0 and argmax -1 whatever the edges, gathers 0, and scatters
-nothing. An argmax is -1 or a cell of its own rectangle.
+An image index outside `[0, n)` gives 0 and argmax -1 whatever the edges in the map, gathers 0, and
+scatters nothing. An argmax is one that `rectangle_max` gives for these edges and some features.
 """
 
 from __future__ import annotations

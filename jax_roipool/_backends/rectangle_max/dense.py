@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_roipool._backends.rectangle_max.ordered import from_bits, to_bits
 from jax_roipool._backends.rectangle_max.portable import (
     first_maximum,
     has_image,
@@ -52,20 +53,23 @@ def gather_at_argmax(features, argmax, edges):
     if 0 in features.shape or argmax.size == 0:
         return [jnp.zeros(argmax.shape, features.dtype)]
     groups, images, height, width, channels = features.shape
-    rows = features.reshape(groups, images * height, width, channels)
+    # As integers: a sum of floats may take a subnormal for zero.
+    rows = to_bits(features, jnp.int32 if features.dtype.itemsize < 4 else None)
+    rows = rows.reshape(groups, images * height, width, channels)
 
     def gather_roi(rows, argmax, edges):
         in_column, row_at = _columns(argmax, edges, (images, height, width))
         row = jnp.arange(images * height, dtype=jnp.int32)[:, None, None, None]
-        at_row = jnp.where(row_at[None] == row, rows[:, None], 0).sum(axis=0)  # [P, W, C]
-        return jnp.where(in_column, at_row[:, :, None], 0).sum(axis=1)
+        at_row = jnp.where(row_at[None] == row, rows[:, None], 0)
+        at_row = at_row.sum(axis=0, dtype=rows.dtype)  # [P, W, C]
+        return jnp.where(in_column, at_row[:, :, None], 0).sum(axis=1, dtype=rows.dtype)
 
     (gathered,) = map_in_chunks(
         lambda argmax, edges: (jax.vmap(gather_roi)(rows, argmax, edges),),
         (argmax, edges),
         _rois_at_a_time(argmax.shape[2] * width * channels * groups),
     )
-    return [gathered.astype(features.dtype)]
+    return [from_bits(gathered, features.dtype)]
 
 
 def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):

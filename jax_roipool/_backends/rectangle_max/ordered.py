@@ -33,15 +33,23 @@ def from_ordered(keys: jax.Array, dtype: np.dtype) -> jax.Array:
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         return keys
-    integer = _integer_like(dtype)
-    bits = jnp.where(keys < 0, -keys | jnp.iinfo(integer).min, keys).astype(integer)
-    return lax.bitcast_convert_type(bits, dtype)
+    sign = jnp.iinfo(_integer_like(dtype)).min
+    return from_bits(jnp.where(keys < 0, -keys | sign, keys), dtype)
 
 
 def to_bits(features: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """The bits of floats, as integers that are negative where the sign is set."""
+    """The bits of floats, as integers that are negative where the sign is set; or the integers."""
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        return features.astype(dtype or features.dtype)
     integer = _integer_like(features.dtype)
     return lax.bitcast_convert_type(features, integer).astype(dtype or integer)
+
+
+def from_bits(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+    """The floats, or integers, that `to_bits` was given."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return bits.astype(dtype)
+    return lax.bitcast_convert_type(bits.astype(_integer_like(dtype)), dtype)
 
 
 def lowest(dtype: np.dtype) -> int:

@@ -179,7 +179,7 @@ def _kernel(
         del entry
 
         def widen(i):
-            cotangent.wide[i] = _as_float32(cotangent.arriving[slot, i])
+            cotangent.wide[i] = as_float32(cotangent.arriving[slot, i])
             argmax.wide[i] = argmax.arriving[slot, i].astype(jnp.int32)
 
         for_each(bins[0] * bins[1], widen)
@@ -217,7 +217,7 @@ def _kernel(
     for_each(rows, finish)
 
 
-def _as_float32(values: jax.Array) -> jax.Array:
+def as_float32(values: jax.Array) -> jax.Array:
     """Float32 or bfloat16 as float32, by bits: a conversion may take a subnormal for zero."""
     if values.dtype == jnp.float32:
         return values
