@@ -143,7 +143,7 @@ def on_one_device(
     """What each device calls with its parts: `function`, and the sums that the plan asks for.
 
     Args:
-      absent: what each result of `function` has for a RoI without an image.
+      absent: what each result that `function` can have says of a RoI without an image.
       images: n, the number of images of a group.
       function: of the parts and the keyword `images`, those of a group on this device; a list.
     """
@@ -165,11 +165,12 @@ def on_one_device(
         onto = None if plan.summed_onto is None else axes.results[0].index(plan.summed_onto)
         # Of the devices that pool a RoI one has its image; the others have what `absent` says.
         sums = [
-            _sum(x - jnp.asarray(none, x.dtype), plan.summed_over, onto)
-            for x, none in zip(results, absent, strict=True)
+            _sum(x - none, plan.summed_over, onto) + none
+            if none
+            else _sum(x, plan.summed_over, onto)
+            for x, none in zip(results, absent, strict=False)
         ]
-        results = [x + jnp.asarray(none, x.dtype) for x, none in zip(sums, absent, strict=True)]
-        return [results[0].astype(dtype), *results[1:]]
+        return [sums[0].astype(dtype), *sums[1:]]
 
     return call
 

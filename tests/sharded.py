@@ -104,6 +104,8 @@ def everything(mesh):
     arguments = put(FEATURES, P("x")), put(FLAT, P("x"))
     cases["flat, large bins"] = run(lambda *args: pool(*args, 7), *arguments)
     cases["flat, large bins, gradient"] = run(gradient, *arguments, put(many, P("x")))
+    arguments = put(FEATURES, P("x")), put(FLAT, P("x"))
+    cases["flat, without argmax"] = run(lambda *args: jax_roipool.roi_pool(*args, BINS), *arguments)
     for dtype in ("bfloat16", "int16"):
         arguments = put(FEATURES.astype(dtype), P("x")), put(FLAT, P("x"))
         cases[f"flat, {dtype}"] = run(pool, *arguments)

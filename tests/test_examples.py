@@ -127,6 +127,16 @@ def in_processes(tmp_path, die_at_step, *arguments, processes=1, devices=1):
     return codes, np.load(losses) if losses.exists() else None
 
 
+def assert_same_training(losses, straight):
+    """The losses of a batch that is split otherwise, and so is rounded otherwise.
+
+    Proposals are chosen by comparing scores, which in the end shows: on a processor without AVX-512,
+    losses of the fourth step and later differ by up to 0.0014.
+    """
+    np.testing.assert_allclose(losses[:3], straight[:3], rtol=1e-4)
+    np.testing.assert_allclose(losses, straight, rtol=1e-2)
+
+
 def test_interrupted_detector_resumes_where_it_was(
     detector, train, straight, composed, tmp_path, capsys
 ):
@@ -150,14 +160,14 @@ def test_killed_detector_resumes_on_fewer_devices(train, straight, composed, tmp
     losses = train(*saved)
     # A checkpoint is written while training goes on: that of step 4 may not have been complete.
     assert composed.steps[0] in (2, 4)
-    np.testing.assert_allclose(losses, straight, rtol=1e-4)
+    assert_same_training(losses, straight)
 
 
 def test_detector_in_two_processes_has_the_losses_of_one(train, straight, composed, tmp_path):
     saved = ("--checkpoint", str(tmp_path / "checkpoint"))
     codes, losses = in_processes(tmp_path, -1, *saved, processes=2, devices=2)
     assert codes == [0, 0]
-    np.testing.assert_allclose(losses, straight, rtol=1e-4)
+    assert_same_training(losses, straight)
     # What two have saved, one can read, and there is nothing left to do.
     np.testing.assert_allclose(train(*saved), losses)
     assert not composed.steps

@@ -5,6 +5,7 @@ The kernels are called as backends are. Programs are few, as the interpreter tak
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 import interpreted_tpu
 import rectangle_oracle
 from harness import assert_same, distinct_features, whole_cotangent
-from jax_roipool._backends.rectangle_max import FAMILY
+from jax_roipool._backends.rectangle_max import FAMILY, tpu
 from jax_roipool._backends.rectangle_max.tpu import pool as pool_kernel
 from jax_roipool._backends.rectangle_max.tpu import scatter as scatter_kernel
 from jax_roipool._backends.rectangle_max.tpu import schedule
@@ -191,6 +192,19 @@ def test_blocks_of_channels(channels):
     edges = random_edges(maps, 3, (2, 2))
     edges[0, 0] = [0, 0, 3, 3, 5, 0, 8, 9, 8]  # nine columns, if the last bin is empty
     check(distinct_features((*maps, channels)), edges, (2, 2))
+
+
+def test_maxima_are_never_converted():
+    # A conversion between bfloat16 and float32 may take a subnormal for zero.
+    features, edges = jnp.zeros((1, 2, 5, 6, 2), jnp.bfloat16), jnp.zeros((1, 9, 9), jnp.int32)
+    pool = functools.partial(
+        tpu.rectangle_max, output_size=(2, 2), argmax_dtype=np.dtype(np.int16), empty_value=-np.inf
+    )
+    jaxpr = str(jax.make_jaxpr(pool)(features, edges))
+    # Arrays, not the constants that arrays are padded with.
+    converted_to = re.findall(r":(\w+)\[\d[\d,]*\] = convert_element_type", jaxpr)
+    assert "i16" in converted_to  # the argmax, at least
+    assert not {"bf16", "f32"}.intersection(converted_to)
 
 
 def test_cotangents_are_widened_bit_by_bit():
