@@ -130,8 +130,8 @@ def in_processes(tmp_path, die_at_step, *arguments, processes=1, devices=1):
 def assert_same_training(losses, straight):
     """The losses of a batch that is split otherwise, and so is rounded otherwise.
 
-    Proposals are chosen by comparing scores, which in the end shows: on a processor without AVX-512,
-    losses of the fourth step and later differ by up to 0.0014.
+    Proposals are chosen by comparing scores, which shows in the end: on a processor without
+    AVX-512, losses of the fourth step and later differ by up to 0.0014.
     """
     np.testing.assert_allclose(losses[:3], straight[:3], rtol=1e-4)
     np.testing.assert_allclose(losses, straight, rtol=1e-2)
