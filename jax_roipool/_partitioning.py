@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
 
     in_specs: tuple[PartitionSpec, ...]
     out_specs: tuple[PartitionSpec, ...]
+    images: int  # n, of a group on one device
     images_over: tuple[str, ...]  # mesh axes over which a device has its own images alone
     summed_over: tuple[str, ...]  # mesh axes over which the devices' results are added up
     summed_onto: str | None  # the axis along which each device keeps its part of the sum
@@ -65,7 +66,7 @@ def plan(axes: Axes, types: Sequence, mesh: Mesh | AbstractMesh) -> Plan:
     | gathered       |                     |                   | images are if k is n    |
     """
     arrays = list(zip((*axes.operands, *axes.results), types, strict=True))
-    g, c, k, n = (mesh_axes(arrays)[axis] for axis in "gckn")
+    g, c, k, n = mesh_axes(arrays).values()
     together = n != () and k == n
     images_stay = _images_stay(axes, arrays, k, n)
     if images_stay:
@@ -77,6 +78,9 @@ def plan(axes: Axes, types: Sequence, mesh: Mesh | AbstractMesh) -> Plan:
         k_of_operands, n_of_maps = k, n if onto else ()
         summed = k if axes.sums_rois else ()
 
+    images_over = n if images_stay else ()
+    images = next((x.shape[array.index("n")] for array, x in arrays if "n" in array), 1)
+
     def specs(arrays, k):
         split = {"g": g, "c": c, "k": k, "n": n_of_maps}
         return tuple(
@@ -86,7 +90,8 @@ def plan(axes: Axes, types: Sequence, mesh: Mesh | AbstractMesh) -> Plan:
     return Plan(
         specs(axes.operands, k_of_operands),
         specs(axes.results, k),
-        n if images_stay else (),
+        images // math.prod(mesh.shape[name] for name in images_over),
+        images_over,
         summed,
         onto,
     )
@@ -132,23 +137,13 @@ def _split_over(axis: str, arrays, taken: tuple[str, ...]) -> tuple[str, ...]:
     return ()
 
 
-def on_one_device(
-    plan: Plan,
-    axes: Axes,
-    absent: Sequence[int],
-    images: int,
-    mesh_shape: Mapping[str, int],
-    function: Callable,
-) -> Callable:
+def on_one_device(plan: Plan, axes: Axes, absent: Sequence[int], function: Callable) -> Callable:
     """What each device calls with its parts: `function`, and the sums that the plan asks for.
 
     Args:
       absent: what each result that `function` can have says of a RoI without an image.
-      images: n, the number of images of a group.
       function: of the parts and the keyword `images`, those of a group on this device; a list.
     """
-    if plan.images_over:
-        images //= math.prod(mesh_shape[name] for name in plan.images_over)
 
     def call(*parts):
         first, *others = parts
@@ -158,8 +153,8 @@ def on_one_device(
         parts = [first, *others]
         at = axes.packed_index
         if plan.images_over and at is not None:
-            parts[at] = _count_from_own_images(parts[at], plan.images_over, images)
-        results = function(*parts, images=images)
+            parts[at] = _count_from_own_images(parts[at], plan.images_over, plan.images)
+        results = function(*parts, images=plan.images)
         if not plan.summed_over:
             return results
         onto = None if plan.summed_onto is None else axes.results[0].index(plan.summed_onto)
@@ -227,11 +222,11 @@ def shard_map_of(
 ) -> Callable:
     """The call where types say how all arrays are split, over a mesh of explicit axes.
 
-    `device_function(plan, mesh)` is what `on_one_device` gives.
+    `device_function(plan)` is what `on_one_device` gives.
     """
     made = plan(axes, (*operand_types, *result_types), mesh)
     on_each = jax.shard_map(
-        device_function(made, mesh),
+        device_function(made),
         mesh=mesh,
         in_specs=made.in_specs,
         out_specs=list(made.out_specs),
@@ -254,7 +249,7 @@ def shard_map_of(
 def custom_partitioning_of(axes: Axes, whole: Callable, device_function: Callable) -> Callable:
     """The call where XLA settles how arrays are split, and asks what each device is to do.
 
-    `whole` is the function of whole arrays, `device_function(plan, mesh)` what `on_one_device`
+    `whole` is the function of whole arrays, `device_function(plan)` what `on_one_device`
     gives.
     """
 
@@ -264,7 +259,7 @@ def custom_partitioning_of(axes: Axes, whole: Callable, device_function: Callabl
             [NamedSharding(mesh, spec) for spec in specs]
             for specs in (made.in_specs, made.out_specs)
         )
-        return mesh, device_function(made, mesh), out_shardings, tuple(in_shardings)
+        return mesh, device_function(made), out_shardings, tuple(in_shardings)
 
     letters = dict.fromkeys("".join((*axes.operands, *axes.results)))
     call = custom_partitioning(lambda *operands: whole(*operands))

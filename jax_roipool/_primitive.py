@@ -242,21 +242,17 @@ def _lower(
         (declaration.result_axes,) * len(result_types),
         declaration.packed_index,
     )
-    device_function = functools.partial(
-        _device_function,
-        primitive,
-        axes,
-        _images(axes, types, result_types),
-        implementation,
-        params,
-    )
-    if partitioned and mesh is not None and _partitioning.is_explicit(mesh):
+    bind_parts = functools.partial(_bind_on_one_device, primitive, implementation, params)
+
+    def device_function(plan):
+        return _partitioning.on_one_device(plan, axes, declaration.absent, bind_parts)
+
+    if partitioned and _partitioning.is_explicit(mesh):
         function = _partitioning.shard_map_of(axes, types, result_types, mesh, device_function)
         return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
     if partitioned and device_marker and _partitioning.takes_custom_partitioning(context):
-        whole = functools.partial(_bind_on_one_device, primitive, implementation, params)
-        function = _partitioning.custom_partitioning_of(axes, whole, device_function)
+        function = _partitioning.custom_partitioning_of(axes, bind_parts, device_function)
     else:
         family = declaration.family
         others = [p for p in context.module_context.platforms if p not in family.platforms]
@@ -266,23 +262,6 @@ def _lower(
     if mesh is not None:
         function = _partitioning.in_auto_mode(function, result_types, mesh)
     return mlir.lower_fun(function, multiple_results=True)(context, *operands)
-
-
-def _images(axes: Axes, types, result_types) -> int:
-    """n, the number of images of a group."""
-    arrays = zip((*axes.operands, *axes.results), (*types, *result_types), strict=True)
-    return next((x.shape[letters.index("n")] for letters, x in arrays if "n" in letters), 1)
-
-
-def _device_function(primitive, axes, images, implementation, params, plan, mesh) -> Callable:
-    return _partitioning.on_one_device(
-        plan,
-        axes,
-        primitive.declaration.absent,
-        images,
-        mesh.shape,
-        functools.partial(_bind_on_one_device, primitive, implementation, params),
-    )
 
 
 def _bind_on_one_device(primitive, implementation, params, *parts, images=None):

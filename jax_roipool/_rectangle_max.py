@@ -76,6 +76,7 @@ def rectangle_max(
 
     The cell is `row * W + column`, int32, or -1 where there is none.
     """
+    # Outside of the custom VJP, so that JAX sums the gradient over the mesh axes that are added.
     features, edges = vary_together(features, edges)
     static = {
         "output_size": output_size,
