@@ -41,15 +41,16 @@ def skip_unless_it_can_be_used(implementation):
 
 
 # Session scope: hypothesis refuses fixtures that do not outlive one example.
-@pytest.fixture(scope="session", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="session", params=COMPILED_HERE)
 def implementation(request):
+    """A backend that is compiled for the machine at hand."""
     skip_unless_it_can_be_used(request.param)
     return request.param
 
 
-@pytest.fixture(scope="session", params=COMPILED_HERE)
-def compiled_implementation(request):
-    """For tests of the compiled program, and of sizes that the interpreter takes hours for."""
+@pytest.fixture(scope="session", params=IMPLEMENTATIONS)
+def every_implementation(request):
+    """Those for GPUs and TPUs as well, which take long: for few and small tests."""
     skip_unless_it_can_be_used(request.param)
     return request.param
 

@@ -33,27 +33,27 @@ def pool(rois, implementation, features=MAP, **options):
     )
 
 
-def test_default_gives_the_articles_answer(implementation):
-    pooled, argmax = pool(REGION, implementation)
+def test_default_gives_the_articles_answer(every_implementation):
+    pooled, argmax = pool(REGION, every_implementation)
     assert_same(pooled[0, ..., 0], np.float32(ARTICLE))
     assert_same(argmax[0, ..., 0], np.int32([[3 * 8 + 0, 3 * 8 + 3], [7 * 8 + 2, 5 * 8 + 6]]))
 
 
-def test_pooling_without_argmax_gives_the_articles_answer(implementation):
+def test_pooling_without_argmax_gives_the_articles_answer(every_implementation):
     features, rois = jnp.asarray(MAP), jnp.asarray([REGION])
-    pooled = jax_roipool.roi_pool(features, rois, (2, 2), implementation=implementation)
+    pooled = jax_roipool.roi_pool(features, rois, (2, 2), implementation=every_implementation)
     assert_same(pooled[0, ..., 0], np.float32(ARTICLE))
 
 
 @pytest.mark.parametrize("dtype", (jnp.int32, jnp.bfloat16))
-def test_rois_of_other_types_give_the_articles_answer(dtype, implementation):
+def test_rois_of_other_types_give_the_articles_answer(dtype, every_implementation):
     rois = jnp.asarray([REGION], dtype)
-    pooled = jax_roipool.roi_pool(jnp.asarray(MAP), rois, 2, implementation=implementation)
+    pooled = jax_roipool.roi_pool(jnp.asarray(MAP), rois, 2, implementation=every_implementation)
     assert_same(pooled[0, ..., 0], np.float32(ARTICLE))
 
 
-def test_image_coordinates_of_a_stride_16_network_give_the_articles_answer(implementation):
-    pooled, _ = pool(np.multiply(REGION, 16), implementation, spatial_scale=1 / 16)
+def test_image_coordinates_of_a_stride_16_network_give_the_articles_answer(every_implementation):
+    pooled, _ = pool(np.multiply(REGION, 16), every_implementation, spatial_scale=1 / 16)
     assert_same(pooled[0, ..., 0], np.float32(ARTICLE))
 
 
@@ -66,12 +66,12 @@ def test_image_coordinates_of_a_stride_16_network_give_the_articles_answer(imple
         ("chainer", [[0.85, 0.96], [0.97, 0.96]]),
     ),
 )
-def test_each_convention_gives_its_systems_answer(convention, answer, implementation):
-    pooled, _ = pool(REGION, implementation, convention=convention)
+def test_each_convention_gives_its_systems_answer(convention, answer, every_implementation):
+    pooled, _ = pool(REGION, every_implementation, convention=convention)
     assert_same(pooled[0, ..., 0], np.float32(answer))
 
 
-def test_torchvision_convention_on_odd_regions(implementation):
+def test_torchvision_convention_on_odd_regions(every_implementation):
     regions = {
         # Inverted: one cell, at the first corner.
         (5, 5, 2, 2): ([[0.65, 0.65], [0.65, 0.65]], [[45, 45], [45, 45]]),
@@ -87,7 +87,7 @@ def test_torchvision_convention_on_odd_regions(implementation):
         jnp.asarray(list(regions), jnp.float32),
         2,
         convention="torchvision",
-        implementation=implementation,
+        implementation=every_implementation,
     )
     answers, positions = zip(*regions.values(), strict=True)
     assert_same(pooled[..., 0], np.float32(answers))
@@ -97,17 +97,17 @@ def test_torchvision_convention_on_odd_regions(implementation):
 @pytest.mark.parametrize(
     ("scale", "answer"), ((1.0, [[14, 16], [26, 28]]), (0.7, [[7, 9], [19, 21]]))
 )
-def test_mxnet_documentation_example(scale, answer, implementation):
+def test_mxnet_documentation_example(scale, answer, every_implementation):
     features = np.arange(48, dtype=np.float32).reshape(8, 6, 1)
     pooled, _ = pool(
-        (0, 0, 4, 4), implementation, features, spatial_scale=scale, convention="torchvision"
+        (0, 0, 4, 4), every_implementation, features, spatial_scale=scale, convention="torchvision"
     )
     assert_same(pooled[0, ..., 0], np.float32(answer))
 
 
-def test_gradient_goes_to_the_four_cells_of_the_answer(implementation):
+def test_gradient_goes_to_the_four_cells_of_the_answer(every_implementation):
     def weighted(features):
-        pooled, _ = pool(REGION, implementation, features)
+        pooled, _ = pool(REGION, every_implementation, features)
         return jnp.sum(pooled[0, ..., 0] * jnp.asarray([[1.0, 2.0], [3.0, 4.0]]))
 
     expected = np.zeros((8, 8, 1), np.float32)

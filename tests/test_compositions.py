@@ -20,28 +20,8 @@ COTANGENTS = whole_cotangent((SETS, COUNT, *OUTPUT_SIZE, CHANNELS))
 
 
 @pytest.fixture(scope="module")
-def implementation():
-    """What the platform takes: all that these tests are about lies above the backends."""
-
-
-def pool_by(implementation):
-    return functools.partial(
-        jax_roipool.roi_pool,
-        output_size=OUTPUT_SIZE,
-        convention=CONVENTION,
-        implementation=implementation,
-    )
-
-
-@pytest.fixture(scope="module")
-def pool(implementation):
-    return pool_by(implementation)
-
-
-@pytest.fixture(scope="module")
-def compiled_pool(implementation):
-    """For tests with so many cotangents that an interpreter takes minutes."""
-    return pool_by(implementation)
+def pool():
+    return functools.partial(jax_roipool.roi_pool, output_size=OUTPUT_SIZE, convention=CONVENTION)
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +112,10 @@ def test_jacrev_is_one_hot_at_the_argmax(pool):
     assert_same(jacobian, expected.reshape(*argmax.shape, HEIGHT, WIDTH, CHANNELS))
 
 
-def test_vmap_of_jacrev(compiled_pool):
-    jacobian = jax.vmap(jax.jacrev(compiled_pool))(FEATURES, ROIS)
+def test_vmap_of_jacrev(pool):
+    jacobian = jax.vmap(jax.jacrev(pool))(FEATURES, ROIS)
     for i in range(SETS):
-        assert_same(jacobian[i], jax.jacrev(compiled_pool)(FEATURES[i], ROIS[i]))
+        assert_same(jacobian[i], jax.jacrev(pool)(FEATURES[i], ROIS[i]))
     assert np.any(jacobian)
 
 
@@ -160,9 +140,9 @@ def test_vmap_of_hessian_vector_product(pool):
         assert_same(products[i], expected)
 
 
-def test_hessian_is_diagonal(compiled_pool):
+def test_hessian_is_diagonal(pool):
     def loss(features):
-        return jnp.sum(compiled_pool(features, ROIS[0]) ** 2)
+        return jnp.sum(pool(features, ROIS[0]) ** 2)
 
     size = HEIGHT * WIDTH * CHANNELS
     hessian = jax.jacfwd(jax.jacrev(loss))(FEATURES[0]).reshape(size, size)
@@ -185,14 +165,10 @@ def test_gradient_flows_on_through_a_layer_before_and_after(pool):
     assert_same(jax.jit(jax.grad(loss))(kernel), expected)
 
 
-def test_grad_of_pooled_with_argmax_as_auxiliary(implementation):
+def test_grad_of_pooled_with_argmax_as_auxiliary():
     def loss(features):
         pooled, argmax = jax_roipool.roi_pool_with_argmax(
-            features,
-            ROIS[0],
-            OUTPUT_SIZE,
-            convention=CONVENTION,
-            implementation=implementation,
+            features, ROIS[0], OUTPUT_SIZE, convention=CONVENTION
         )
         return jnp.vdot(pooled, COTANGENTS[0]), argmax
 

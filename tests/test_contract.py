@@ -492,29 +492,29 @@ def with_axes(function):
 
 
 @with_programs(POOLING_IN_ALL)
-def test_maxima_of_every_kind_at_once(implementation, program):
+def test_maxima_of_every_kind_at_once(every_implementation, program):
     for seed in range(2):
         features = of_every_kind(program, seed)
-        assert_pools(implementation, program, features, rectangles(program.shape, seed))
+        assert_pools(every_implementation, program, features, rectangles(program.shape, seed))
 
 
 @with_values(POOLING)
-def test_maxima(compiled_implementation, program, kind):
+def test_maxima(implementation, program, kind):
     for seed in range(2):
         edges = rectangles(program.shape, seed)
-        assert_pools(compiled_implementation, program, values(kind, program, seed), edges)
+        assert_pools(implementation, program, values(kind, program, seed), edges)
 
 
 @with_axes
 @with_programs((*POOLING_IN_ALL, MIDDLE_FLOAT64, BRIM_FLOAT32))
-def test_kinds_of_rectangles(compiled_implementation, program, kind):
+def test_kinds_of_rectangles(implementation, program, kind):
     for seed, name in enumerate(("ties", "equal", "wide", "some_nans")):
         features = values(name, program, seed)
         for edges in (
             rectangles(program.shape, seed, rows=kind),
             rectangles(program.shape, seed, columns=kind),
         ):
-            assert_pools(compiled_implementation, program, features, edges)
+            assert_pools(implementation, program, features, edges)
 
 
 @st.composite
@@ -540,36 +540,36 @@ def drawn_edges(draw, shape):
 
 
 @hypothesis.given(data=st.data())
-def test_shrinking_examples(compiled_implementation, data):
+def test_shrinking_examples(implementation, data):
     program = TINY_FLOAT32
     edges = data.draw(drawn_edges(program.shape))
     cell = st.sampled_from((0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, np.nan, np.inf, -np.inf))
     count = int(np.prod(program.shape.features))
     features = data.draw(st.lists(cell, min_size=count, max_size=count))
     features = np.array(features, np.float32).reshape(program.shape.features)
-    assert_pools(compiled_implementation, program, features, edges)
+    assert_pools(implementation, program, features, edges)
 
 
 @with_programs((TINY_FLOAT32, BRIM_FLOAT32))
-def test_the_argmax_has_the_maximum(compiled_implementation, program):
+def test_the_argmax_has_the_maximum(implementation, program):
     """Gathering at the argmax gives the maxima, except where it is -1."""
     features = values("some_nans", program, 0)
     edges = rectangles(program.shape, 3)
-    maxima, argmax = pool(compiled_implementation, program, features, edges)
-    gathered = gather(compiled_implementation, program, features, argmax, edges)
+    maxima, argmax = pool(implementation, program, features, edges)
+    gathered = gather(implementation, program, features, argmax, edges)
     assert (argmax >= 0).any()
     assert_same(gathered, np.where(argmax < 0, np.zeros((), program.dtype), maxima))
 
 
-def test_the_last_cell_of_the_largest_map_of_int16(compiled_implementation):
+def test_the_last_cell_of_the_largest_map_of_int16(implementation):
     program = BRIM_FLOAT32
     features = np.zeros(program.shape.features, np.float32)
     features[:, :, -1, -1] = 1
     edges = rectangles(program.shape, 0, rows=all_in_the_last, columns=all_in_the_last)
     edges[..., 0] = 0
-    _, argmax = pool(compiled_implementation, program, features, edges)
+    _, argmax = pool(implementation, program, features, edges)
     assert argmax.max() == 2**15 - 1
-    assert_pools(compiled_implementation, program, features, edges)
+    assert_pools(implementation, program, features, edges)
 
 
 # Image indices outside of the group.
@@ -577,12 +577,12 @@ def test_the_last_cell_of_the_largest_map_of_int16(compiled_implementation):
 
 @pytest.mark.parametrize("position", range(6))
 @with_programs(POOLING_IN_ALL)
-def test_bad_images_pool_to_zero(compiled_implementation, program, position):
+def test_bad_images_pool_to_zero(implementation, program, position):
     """Zero, whatever an empty rectangle gives."""
     features = np.full(program.shape.features, 7, program.dtype)
     edges = rectangles(program.shape, 5)
     edges[..., 0] = bad_images(program.shape.images)[position]
-    maxima, *argmax = pool(compiled_implementation, program, features, edges)
+    maxima, *argmax = pool(implementation, program, features, edges)
     assert (maxima == 0).all()
     assert all((array == -1).all() for array in argmax)
 
@@ -600,9 +600,9 @@ def in_no_order(shape, seed):
 
 
 @with_programs(POOLING_IN_ALL)
-def test_bad_images_whatever_the_edges(implementation, program):
+def test_bad_images_whatever_the_edges(every_implementation, program):
     features = values("ties", program, 0)
-    assert_pools(implementation, program, features, in_no_order(program.shape, 0))
+    assert_pools(every_implementation, program, features, in_no_order(program.shape, 0))
 
 
 # Gathering and scattering.
@@ -636,35 +636,35 @@ def assert_scatters(implementation, program, cotangent, argmax, edges):
 # NaN and infinities where nothing reads them must not be felt: no multiplying by zero.
 @pytest.mark.parametrize("kind", ("wide", "subnormals", "some_nans", "infinite"))
 @with_programs(MOVING)
-def test_gather(compiled_implementation, program, kind):
+def test_gather(implementation, program, kind):
     for seed in range(3):
         edges = rectangles(program.shape, seed)
         argmax = cells_of_maxima(edges, program, seed)
         features = values(kind, program, seed)
-        assert_gathers(compiled_implementation, program, features, argmax, edges)
+        assert_gathers(implementation, program, features, argmax, edges)
 
 
 @with_programs(MOVING_IN_ALL)
-def test_gather_and_scatter(implementation, program):
+def test_gather_and_scatter(every_implementation, program):
     edges = rectangles(program.shape, 0)
     argmax = cells_of_maxima(edges, program, 0)
     features = values("ties", program, 0)
-    assert_gathers(implementation, program, features, argmax, edges)
-    assert_scatters(implementation, program, whole_cotangent(program, 0), argmax, edges)
+    assert_gathers(every_implementation, program, features, argmax, edges)
+    assert_scatters(every_implementation, program, whole_cotangent(program, 0), argmax, edges)
 
 
 @with_axes
 @with_programs(MOVING)
-def test_scatter(compiled_implementation, program, kind):
+def test_scatter(implementation, program, kind):
     for seed, axis in enumerate(("rows", "columns")):
         edges = rectangles(program.shape, seed, **{axis: kind})
         argmax = cells_of_maxima(edges, program, seed)
         cotangent = whole_cotangent(program, seed)
-        assert_scatters(compiled_implementation, program, cotangent, argmax, edges)
+        assert_scatters(implementation, program, cotangent, argmax, edges)
 
 
 @with_programs(MOVING_IN_ALL)
-def test_scatter_of_values_that_are_not_finite(implementation, program):
+def test_scatter_of_values_that_are_not_finite(every_implementation, program):
     """They stay where their argmax sends them, and those without one go nowhere."""
     for seed in range(2):
         edges = rectangles(program.shape, seed)
@@ -673,41 +673,41 @@ def test_scatter_of_values_that_are_not_finite(implementation, program):
         choice = np.random.default_rng(seed).random(cotangent.shape)
         cotangent[(choice < 0.1) | ((argmax < 0) & (choice < 0.5))] = np.nan
         cotangent[(choice > 0.9) | ((argmax < 0) & (choice > 0.5))] = np.inf
-        assert_scatters(implementation, program, cotangent, argmax, edges)
+        assert_scatters(every_implementation, program, cotangent, argmax, edges)
 
 
 @with_programs(MOVING)
-def test_scatter_without_an_argmax(compiled_implementation, program):
+def test_scatter_without_an_argmax(implementation, program):
     edges = rectangles(program.shape, 0, rows=covering, columns=covering)
     argmax = np.full(program.shape.pooled, -1, program.argmax)
     cotangent = np.full(argmax.shape, np.nan, program.dtype)
-    gradient = scatter(compiled_implementation, program, cotangent, argmax, edges)
+    gradient = scatter(implementation, program, cotangent, argmax, edges)
     assert gradient.dtype == program.dtype
     assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("position", range(6))
 @with_programs(MOVING_IN_ALL)
-def test_bad_images_are_not_moved_from_or_to(compiled_implementation, program, position):
+def test_bad_images_are_not_moved_from_or_to(implementation, program, position):
     """Although the argmax is a cell of its rectangle."""
     edges = rectangles(program.shape, 0, rows=covering, columns=overlapping)
     argmax = cells_of_maxima(edges, program, 0)
     edges[..., 0] = bad_images(program.shape.images)[position]
     assert (argmax > 0).any()
     features = np.full(program.shape.features, 7, program.dtype)
-    assert (gather(compiled_implementation, program, features, argmax, edges) == 0).all()
+    assert (gather(implementation, program, features, argmax, edges) == 0).all()
     cotangent = np.ones(argmax.shape, program.dtype)
-    assert (scatter(compiled_implementation, program, cotangent, argmax, edges) == 0).all()
+    assert (scatter(implementation, program, cotangent, argmax, edges) == 0).all()
 
 
 @with_programs(MOVING_IN_ALL)
-def test_bad_images_are_not_moved_from_or_to_whatever_the_edges(implementation, program):
+def test_bad_images_are_not_moved_from_or_to_whatever_the_edges(every_implementation, program):
     """The argmax is a cell of the rectangle that the RoI has with a good image."""
     argmax = cells_of_maxima(rectangles(program.shape, 0), program, 0)
     edges = in_no_order(program.shape, 0)
     features = values("ties", program, 0)
-    assert_gathers(implementation, program, features, argmax, edges)
-    assert_scatters(implementation, program, whole_cotangent(program, 0), argmax, edges)
+    assert_gathers(every_implementation, program, features, argmax, edges)
+    assert_scatters(every_implementation, program, whole_cotangent(program, 0), argmax, edges)
 
 
 # Sums.
@@ -726,21 +726,21 @@ def all_to_one_cell(program, cell):
 
 
 @with_programs((STRIP_BFLOAT16, STRIP_FLOAT16))
-def test_sums_are_as_exact_as_float32(compiled_implementation, program):
+def test_sums_are_as_exact_as_float32(implementation, program):
     """In bfloat16 a sum of ones sticks at 256, in float16 at 2048."""
     edges, argmax = all_to_one_cell(program, (0, 4))
     cotangent = np.ones(program.shape.pooled, program.dtype)
     cotangent.reshape(-1, program.shape.channels)[300:] = 0
     for first in (1, 256, 2048):
         cotangent[0, 0, 0, 0] = first
-        gradient = scatter(compiled_implementation, program, cotangent, argmax, edges)
+        gradient = scatter(implementation, program, cotangent, argmax, edges)
         expected = np.zeros(program.shape.features, np.float64)
         expected[0, -1, 0, 4] = first + 299
         assert_same(gradient, expected.astype(program.dtype))
 
 
 @with_programs((STRIP_BFLOAT16, STRIP_FLOAT16))
-def test_sums_may_be_out_of_range_on_the_way(compiled_implementation, program):
+def test_sums_may_be_out_of_range_on_the_way(implementation, program):
     """Twice 60000 is infinite in float16; and a one beside it would be lost in bfloat16."""
     edges, argmax = all_to_one_cell(program, (0, 0))
     cotangent = np.zeros(program.shape.pooled, program.dtype)
@@ -750,38 +750,35 @@ def test_sums_may_be_out_of_range_on_the_way(compiled_implementation, program):
             cotangent[0, place, place % 4, place] = (
                 sign * large if sign else np.array(1, program.dtype)
             )
-        gradient = scatter(compiled_implementation, program, cotangent, argmax, edges)
+        gradient = scatter(implementation, program, cotangent, argmax, edges)
         assert gradient[0, -1, 0, 0].tolist() == [1] * program.shape.channels
         assert np.count_nonzero(gradient) == program.shape.channels
 
 
-def test_float64_is_summed_in_float64(compiled_implementation):
+def test_float64_is_summed_in_float64(implementation):
     """Sums that float32 has no room for."""
     program = MIDDLE_FLOAT64
     edges = rectangles(program.shape, 0, rows=one_cell_repeated, columns=overlapping)
     argmax = cells_of_maxima(edges, program, 0)
     cotangent = whole_cotangent(program, 0, largest=2**40)
-    assert_scatters(compiled_implementation, program, cotangent, argmax, edges)
+    assert_scatters(implementation, program, cotangent, argmax, edges)
 
 
 # Runs and sizes.
 
 
 @with_programs(MOVING)
-def test_every_run_has_the_same_bits(compiled_implementation, program):
+def test_every_run_has_the_same_bits(implementation, program):
     edges = rectangles(program.shape, 0, rows=overlapping, columns=one_cell_repeated)
     argmax = cells_of_maxima(edges, program, 0)
     rng = np.random.default_rng(0)
     cotangent = rng.standard_normal(program.shape.pooled).astype(program.dtype)
-    runs = {
-        scatter(compiled_implementation, program, cotangent, argmax, edges).tobytes()
-        for _ in range(10)
-    }
+    runs = {scatter(implementation, program, cotangent, argmax, edges).tobytes() for _ in range(10)}
     assert len(runs) == 1
 
 
 @pytest.mark.parametrize("axis", ("groups", "images", "channels", "rois", "rows", "columns"))
-def test_axes_of_size_0(implementation, axis):
+def test_axes_of_size_0(every_implementation, axis):
     shape = SMALL
     if axis == "rows":
         shape = shape._replace(output_size=(0, 2))
@@ -790,7 +787,7 @@ def test_axes_of_size_0(implementation, axis):
     else:
         shape = shape._replace(**{axis: 0})
     program = Program(shape, np.float32, np.int16, INF)
-    backend = family.FAMILY.named(implementation).functions
+    backend = family.FAMILY.named(every_implementation).functions
     down, across = shape.output_size
     # Every index is outside of no images.
     edges = np.zeros((shape.groups, shape.rois, 1 + 2 * down + 2 * across), np.int32)

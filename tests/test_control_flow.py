@@ -17,15 +17,8 @@ ROIS = random_rois(STEPS * 3, 7, 9).reshape(STEPS, 3, 4)
 
 
 @pytest.fixture(scope="module")
-def implementation():
-    """What the platform takes: all that these tests are about lies above the backends."""
-
-
-@pytest.fixture(scope="module")
-def pool(implementation):
-    return functools.partial(
-        jax_roipool.roi_pool, output_size=(2, 3), implementation=implementation
-    )
+def pool():
+    return functools.partial(jax_roipool.roi_pool, output_size=(2, 3))
 
 
 def expected_pooled(rois, scale=1.0, mask=None):

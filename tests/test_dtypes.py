@@ -22,12 +22,6 @@ WIDE = (jnp.float64, jnp.int64, jnp.uint64)
 SHAPE = (6, 7, 2)
 
 
-@pytest.fixture(scope="module")
-def implementation(compiled_implementation):
-    """What takes long, the kernels for TPUs as interpreted, is in `test_contract.py`."""
-    return compiled_implementation
-
-
 def name(dtype):
     return np.dtype(dtype).name
 

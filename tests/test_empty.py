@@ -21,12 +21,6 @@ ZERO_SIZES = {
 }
 
 
-@pytest.fixture(scope="module")
-def implementation(compiled_implementation):
-    """What takes long, the kernels for TPUs as interpreted, is in `test_contract.py`."""
-    return compiled_implementation
-
-
 @pytest.fixture(scope="module", autouse=True)
 def operator_answers(implementation):
     """Zero sizes alone would not notice an operator that gives nothing but zeros."""

@@ -19,12 +19,6 @@ from harness import (
 )
 
 
-@pytest.fixture(scope="module")
-def implementation(compiled_implementation):
-    """What takes long, the kernels for TPUs as interpreted, is in `test_contract.py`."""
-    return compiled_implementation
-
-
 def grad_of(features, rois, cotangent, output_size, implementation, convention="partition"):
     features = jnp.asarray(features, jnp.float32)[..., None]
     cotangent = jnp.asarray(cotangent, jnp.float32)[..., None]

@@ -23,11 +23,11 @@ assert PER_ROI * 7 < MAP_BYTES
 
 
 @pytest.fixture
-def pool(compiled_implementation, monkeypatch):
+def pool(implementation, monkeypatch):
     monkeypatch.setattr(dense, "CHUNK_BYTES", 1 << 20)  # by default more than all of these maps
     jax.clear_caches()
     return functools.partial(
-        jax_roipool.roi_pool, output_size=OUTPUT_SIZE, implementation=compiled_implementation
+        jax_roipool.roi_pool, output_size=OUTPUT_SIZE, implementation=implementation
     )
 
 

@@ -16,12 +16,6 @@ from harness import (
 )
 
 
-@pytest.fixture(scope="session")
-def implementation(compiled_implementation):
-    """What takes long, the kernels for TPUs as interpreted, is in `test_contract.py`."""
-    return compiled_implementation
-
-
 def check(problem, layout, convention, implementation):
     run = pool_and_grad(layout.output_size, convention, implementation)
     pooled, argmax, grad = run(*problem)

@@ -18,12 +18,6 @@ from harness import assert_same, pool, pool_and_grad
 FIXTURES = sorted((pathlib.Path(__file__).parent / "fixtures").glob("*.npz"))
 
 
-@pytest.fixture(scope="module")
-def implementation(compiled_implementation):
-    """What takes long, the kernels for TPUs as interpreted, is in `test_contract.py`."""
-    return compiled_implementation
-
-
 def load(path):
     with np.load(path) as recorded:
         return dict(recorded)

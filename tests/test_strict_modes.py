@@ -22,12 +22,6 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module")
-def implementation(compiled_implementation):
-    """What takes long, the kernels for TPUs as interpreted, is in `test_contract.py`."""
-    return compiled_implementation
-
-
 @pytest.mark.parametrize("convention", ("partition", "torchvision"))
 @pytest.mark.parametrize("mode", MODES)
 def test_pooling_and_its_derivatives(mode, convention, implementation):

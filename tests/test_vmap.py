@@ -14,11 +14,6 @@ OUTPUT_SIZE = (2, 3)
 CONVENTION = "torchvision"
 
 
-@pytest.fixture(scope="module")
-def implementation():
-    """What the platform takes: all that these tests are about lies above the backends."""
-
-
 def feature_sets(*lead):
     return distinct_features((*lead, HEIGHT, WIDTH, CHANNELS))
 
@@ -30,7 +25,7 @@ def roi_sets(*lead, images=None):
 
 
 @pytest.fixture(scope="module")
-def pool(implementation):
+def pool():
     def pool(features, rois, spatial_scale=1.0, roi_mask=None):
         return jax_roipool.roi_pool_with_argmax(
             features,
@@ -39,7 +34,6 @@ def pool(implementation):
             spatial_scale=spatial_scale,
             roi_mask=roi_mask,
             convention=CONVENTION,
-            implementation=implementation,
         )
 
     return pool
