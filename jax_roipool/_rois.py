@@ -160,7 +160,7 @@ def canonical_rois(
         real &= (index >= 0) & (index < images) & (index == jnp.floor(index))
         index = jnp.where(real, index, -1).astype(jnp.int32)
     else:
-        index = jnp.where(real, jnp.int32(0), jnp.int32(-1))
+        index = real.astype(jnp.int32) - 1  # a choice between constants would lose `real`'s mesh
     cells = jnp.clip(coordinates * spatial_scale, -CELL_LIMIT, CELL_LIMIT)
     return CanonicalRoIs(index, jnp.where(real[..., None], cells, 0))
 
