@@ -23,7 +23,7 @@ def main() -> None:
     print(f"devices: {', '.join(map(str, jax.devices()))}")
 
     print(f"native library: {cpu.library_path() or 'none'}")
-    problem = cpu.unavailable_reason()
+    problem = cpu.load()
     print(f"  not loaded: {problem}" if problem else f"  loaded, vectors: {cpu.vectors()}")
 
     print("implementation=None, by the platform that a program is compiled for:")

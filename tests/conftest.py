@@ -33,8 +33,6 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def skip_unless_it_can_be_used(implementation):
-    if implementation == interpreted_tpu.NAME:
-        interpreted_tpu.skip_unless_it_checks()
     problem = _backends.problem_with(FAMILY.named(implementation), [jax.default_backend()])
     if problem is not None:
         pytest.skip(f"implementation {implementation!r}: {problem}")

@@ -9,7 +9,6 @@ import importlib
 
 import jax
 import numpy as np
-import pytest
 
 from jax_roipool._backends.rectangle_max import FAMILY, tpu
 
@@ -29,12 +28,6 @@ def install():
             functions={**kernels.functions, **interpreted},
         ),
     )
-
-
-def skip_unless_it_checks():
-    """Skips a test where the interpreter is too old to look for what it is used for."""
-    if not hasattr(_tpu().InterpretParams, "out_of_bounds_reads"):
-        pytest.skip(f"the TPU interpreter of JAX {jax.__version__} does not check bounds")
 
 
 def _called_back(function):

@@ -44,7 +44,7 @@ def _functions(module) -> dict[str, Callable]:
 
 FAMILY = Family(
     backends=(
-        Backend("cpu", _functions(cpu), frozenset({"cpu"}), cpu.unavailable_reason),
+        Backend("cpu", _functions(cpu), frozenset({"cpu"}), cpu.load),
         Backend("tpu", _functions(tpu), frozenset({"tpu"})),
         Backend("blocks", _functions(blocks)),
         Backend("dense", _functions(dense), is_partitionable=True),

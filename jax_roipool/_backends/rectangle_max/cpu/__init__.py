@@ -51,11 +51,6 @@ def register_custom_calls() -> None:
         raise RuntimeError(f"the custom calls of jax_roipool cannot be registered: {problem}")
 
 
-def unavailable_reason() -> str | None:
-    """What keeps the backend from being used here, None if nothing does."""
-    return load()
-
-
 @functools.cache
 def load() -> str | None:
     """Loads the library and registers its handlers, once. Returns what has prevented that, or None.

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_roipool._backends.rectangle_max.ordered import from_ordered, lowest, to_bits, to_ordered
-from jax_roipool._backends.rectangle_max.portable import has_image
+from jax_roipool._backends.rectangle_max.portable import first_maximum, has_image
 from jax_roipool._backends.rectangle_max.tpu import schedule
 from jax_roipool._backends.rectangle_max.tpu.pipeline import (
     SLOTS,
@@ -321,7 +321,8 @@ def _max_over_columns(tile: jax.Array, roi: RoI, member: jax.Array, buffers: lis
             if len(buffers) == 1:
                 return [tuple(map(jnp.maximum, best[0], others[0]))]
             (key, cell), (other_key, other_cell) = best, others
-            merged = map(_first_maximum, key, cell, other_key, other_cell)
+            pairs = zip(key, cell, strict=True), zip(other_key, other_cell, strict=True)
+            merged = map(first_maximum, *pairs)
             return list(zip(*merged, strict=True))
 
         none = [jnp.full((SUBLANES, LANES), value, jnp.int32) for value in (NOTHING, NO_CELL)]
@@ -335,12 +336,6 @@ def _max_over_columns(tile: jax.Array, roi: RoI, member: jax.Array, buffers: lis
                 buffer.over_both[block, at, :] = value
 
     for_each(bin_cols, bin_col)
-
-
-def _first_maximum(key, cell, other_key, other_cell):
-    """Of two keys the larger one, or among equals the one of the smaller cell, and its cell."""
-    other_wins = (other_key > key) | ((other_key == key) & (other_cell < cell))
-    return jnp.where(other_wins, other_key, key), jnp.where(other_wins, other_cell, cell)
 
 
 def _merge(buffers: list[Buffers], i: jax.Array) -> None:
