@@ -29,7 +29,7 @@ def main() -> None:
     print("implementation=None, by the platform that a program is compiled for:")
     for platform_name in PLATFORMS:
         chosen, split = (
-            FAMILY.choose(None, [platform_name], partitioned)[0].name
+            FAMILY.choose(None, [platform_name], partitioned=partitioned)[0].name
             for partitioned in (False, True)
         )
         otherwise = f", {split!r} where XLA splits it over devices by itself"

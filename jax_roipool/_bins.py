@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 MAX_BINS = 4096
 """Up to this many bins an axis, every product in this module is exact."""
@@ -103,14 +104,14 @@ def as_convention(convention: str | Convention) -> Convention:
 
 
 class _Lanes(NamedTuple):
-    """What each lane of the packed edges holds: NumPy `[1, 1, 1 + 2P + 2Q]`."""
+    """What each lane of the packed edges holds, `[1, 1, 1 + 2P + 2Q]`."""
 
     is_index: np.ndarray  # the one lane that is no edge
     is_row: np.ndarray  # an edge along H, else along W
     is_end: np.ndarray  # the end of a bin, else its start
     bin: np.ndarray  # i, int32
     bins: np.ndarray  # P or Q, int32
-    size: np.ndarray  # H or W, int32
+    size: np.ndarray | jax.Array  # H or W, int32; symbolic ones are known when the program runs
 
 
 def packed_edges(
@@ -146,6 +147,7 @@ def packed_edges(
 def _lanes(output_size: tuple[int, int], map_size: tuple[int, int]) -> _Lanes:
     (P, Q), (H, W) = output_size, map_size
     counts = np.array([1, P, P, Q, Q])
+    where = jnp.where if is_symbolic_dim(H) or is_symbolic_dim(W) else np.where
 
     def of_each_part(*values):
         return np.repeat(np.array(values), counts)[None, None]
@@ -156,7 +158,7 @@ def _lanes(output_size: tuple[int, int], map_size: tuple[int, int]) -> _Lanes:
         is_end=of_each_part(False, False, True, False, True),
         bin=np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[None, None],
         bins=of_each_part(P, P, P, Q, Q).astype(np.int32),
-        size=of_each_part(H, H, H, W, W).astype(np.int32),
+        size=where(of_each_part(True, True, True, False, False), H, W).astype(np.int32),
     )
 
 

@@ -246,11 +246,14 @@ def shard_map_of(
     return call
 
 
-def custom_partitioning_of(axes: Axes, whole: Callable, device_function: Callable) -> Callable:
+def custom_partitioning_of(
+    axes: Axes, name: str, whole: Callable, device_function: Callable
+) -> Callable:
     """The call where XLA settles how arrays are split, and asks what each device is to do.
 
     `whole` is the function of whole arrays, `device_function(plan)` what `on_one_device`
-    gives.
+    gives. The name says what the program does not, so that programs which do other things differ
+    in JAX's persistent cache.
     """
 
     def partition(mesh, operand_types, result_types):
@@ -262,6 +265,10 @@ def custom_partitioning_of(axes: Axes, whole: Callable, device_function: Callabl
         return mesh, device_function(made), out_shardings, tuple(in_shardings)
 
     letters = dict.fromkeys("".join((*axes.operands, *axes.results)))
+    def named(*operands):
+        return call(*operands)
+
+    named.__name__ = name
     call = custom_partitioning(lambda *operands: whole(*operands))
     call.def_partition(
         partition,
@@ -272,7 +279,7 @@ def custom_partitioning_of(axes: Axes, whole: Callable, device_function: Callabl
         reduction_factors=tuple(axis for axis in "kn" if axis not in axes.results[0]),
         need_replication_factors=tuple(axis for axis in letters if axis not in "gnkc"),
     )
-    return call
+    return jax.jit(named)
 
 
 def takes_custom_partitioning(context: mlir.LoweringRuleContext) -> bool:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -251,17 +252,26 @@ def _lower(
         function = _partitioning.shard_map_of(axes, types, result_types, mesh, device_function)
         return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
+    family = declaration.family
+    others = [p for p in context.module_context.platforms if p not in family.platforms]
+    platforms = others if platform is None else [platform]
     if partitioned and device_marker and _partitioning.takes_custom_partitioning(context):
-        function = _partitioning.custom_partitioning_of(axes, bind_parts, device_function)
+        # Now, as nothing is lowered for a device when XLA takes the program from its cache.
+        backend = family.select(implementation, platforms, partitioned=False, symbolic=False)
+        name = "_".join(map(str, (declaration.name, backend.name, *params.values())))
+        function = _partitioning.custom_partitioning_of(axes, name, bind_parts, device_function)
     else:
-        family = declaration.family
-        others = [p for p in context.module_context.platforms if p not in family.platforms]
-        platforms = others if platform is None else [platform]
-        backend = family.select(implementation, platforms, partitioned)
+        backend = family.select(
+            implementation, platforms, partitioned=partitioned, symbolic=_are_symbolic(types)
+        )
         function = functools.partial(backend.functions[declaration.name], **params)
     if mesh is not None:
         function = _partitioning.in_auto_mode(function, result_types, mesh)
     return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+
+
+def _are_symbolic(types):
+    return any(is_symbolic_dim(size) for x in types for size in x.shape)
 
 
 def _bind_on_one_device(primitive, implementation, params, *parts, images=None):

@@ -13,9 +13,11 @@ Features are `[G, n, H, W, C]`, edges `[G, K, 1 + 2P + 2Q]`: see `_backends/rect
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.interpreters import ad
 
 from jax_roipool._backends.rectangle_max import FAMILY
@@ -71,10 +73,12 @@ def rectangle_max(
     with_argmax: bool,
     empty_value: float,
     implementation: str | None,
+    forward_mode: bool,
 ) -> tuple[jax.Array, ...]:
     """Maximum of each rectangle, `[G, K, P, Q, C]`; with it, if asked for, its cell.
 
-    The cell is `row * W + column`, int32, or -1 where there is none.
+    The cell is `row * W + column`, int32, or -1 where there is none. In forward mode the primitive
+    stands for itself, with its own derivatives: a `jax.custom_vjp` has no tangents.
     """
     # Outside of the custom VJP, so that JAX sums the gradient over the mesh axes that are added.
     features, edges = vary_together(features, edges)
@@ -83,14 +87,20 @@ def rectangle_max(
         "empty_value": empty_value,
         "implementation": implementation,
     }
+    if forward_mode:
+        return _maxima(features, edges, with_argmax, static)
     return _pool(features, edges, with_argmax, jax.typeof(features), tuple(static.items()))
+
+
+def _maxima(features, edges, with_argmax, static):
+    argmax_dtype = np.dtype(np.int32) if with_argmax else None
+    return tuple(rectangle_max_p(features, edges, argmax_dtype=argmax_dtype, **static))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _pool(features, edges, with_argmax, features_type, static):
     del features_type
-    argmax_dtype = np.dtype(np.int32) if with_argmax else None
-    return tuple(rectangle_max_p(features, edges, argmax_dtype=argmax_dtype, **dict(static)))
+    return _maxima(features, edges, with_argmax, dict(static))
 
 
 def _pool_fwd(features, edges, with_argmax, features_type, static):
@@ -112,8 +122,9 @@ _pool.defvjp(_pool_fwd, _pool_bwd)
 
 def _residual_dtype(features_type) -> np.dtype:
     """The narrowest for an argmax: it is as long as the output, and costs time to move."""
-    height, width = features_type.shape[2:4]
-    return np.dtype(np.int16 if height * width - 1 <= np.iinfo(np.int16).max else np.int32)
+    cells = math.prod(features_type.shape[2:4])
+    fits = not is_symbolic_dim(cells) and cells - 1 <= np.iinfo(np.int16).max
+    return np.dtype(np.int16 if fits else np.int32)
 
 
 def _scatter(cotangent, argmax, edges, features_type, implementation):

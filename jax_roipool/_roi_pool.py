@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_roipool._backends.rectangle_max import FAMILY
 from jax_roipool._bins import Convention, as_convention, packed_edges
+from jax_roipool._explicit_axes import in_explicit_mode
 from jax_roipool._rectangle_max import rectangle_max
 from jax_roipool._rois import (
     canonical_features,
@@ -22,11 +24,13 @@ def roi_pool(
     features: ArrayLike,
     rois: ArrayLike,
     output_size: int | tuple[int, int],
-    *,
     spatial_scale: ArrayLike = 1.0,
+    *,
     roi_mask: ArrayLike | None = None,
     convention: str | Convention = "partition",
     implementation: str | None = None,
+    features_spec: PartitionSpec | None = None,
+    forward_mode: bool = False,
 ) -> jax.Array:
     """Maximum of the features in each of P x Q bins of every region of interest (RoI).
 
@@ -57,6 +61,12 @@ def roi_pool(
         `jax_roipool.Convention`.
       implementation: None for the best that the platform has, `"xla"` for plain XLA, `"kernel"`
         for one written by hand, or an error. All give the same bits.
+      features_spec: how the features are split over a mesh of automatic axes, such as
+        `PartitionSpec("data")`, with which each device uses the kernel for its part even where
+        automatic axes rule that out, as on TPUs. RoIs, masks and results are split like the batch.
+        See docs/sharding.md; nothing is to be said of explicit axes.
+      forward_mode: True for derivatives by `jax.jvp`, `jax.linearize` and `jax.jacfwd` as well,
+        which a `jax.custom_vjp` does not have. Values and gradients are the same bits.
 
     Returns:
       `[K, P, Q, C]`, `[N, K, P, Q, C]` or `[R, P, Q, C]`, of the features' dtype.
@@ -65,7 +75,8 @@ def roi_pool(
       TypeError: a dtype that cannot be pooled, or that cannot be coordinates or a mask.
       ValueError: shapes that do not go together, an output size that is not positive, a Python or
         NumPy number for a scale that is not positive and finite, an unknown convention or
-        implementation, or an implementation that the platform cannot run.
+        implementation, an implementation that the platform cannot run, or a `features_spec` that
+        names no axes of the mesh at hand.
 
     The operator is that of Girshick, "Fast R-CNN" (https://arxiv.org/abs/1504.08083), section
     2.1. The paper leaves the rounding of bins open; `convention` names how others have settled it.
@@ -81,7 +92,16 @@ def roi_pool(
             [13., 14.]]], dtype=float32)
     """
     (pooled,) = _checked_roi_pool(
-        features, rois, output_size, spatial_scale, roi_mask, convention, implementation, False
+        features,
+        rois,
+        roi_mask,
+        spatial_scale,
+        output_size=output_size,
+        convention=convention,
+        implementation=implementation,
+        features_spec=features_spec,
+        forward_mode=forward_mode,
+        with_argmax=False,
     )
     return pooled
 
@@ -90,11 +110,13 @@ def roi_pool_with_argmax(
     features: ArrayLike,
     rois: ArrayLike,
     output_size: int | tuple[int, int],
-    *,
     spatial_scale: ArrayLike = 1.0,
+    *,
     roi_mask: ArrayLike | None = None,
     convention: str | Convention = "partition",
     implementation: str | None = None,
+    features_spec: PartitionSpec | None = None,
+    forward_mode: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`roi_pool`, and the cell that each maximum came from.
 
@@ -115,13 +137,22 @@ def roi_pool_with_argmax(
            [13, 15]], dtype=int32)
     """
     pooled, argmax = _checked_roi_pool(
-        features, rois, output_size, spatial_scale, roi_mask, convention, implementation, True
+        features,
+        rois,
+        roi_mask,
+        spatial_scale,
+        output_size=output_size,
+        convention=convention,
+        implementation=implementation,
+        features_spec=features_spec,
+        forward_mode=forward_mode,
+        with_argmax=True,
     )
     return pooled, argmax
 
 
 def _checked_roi_pool(
-    features, rois, output_size, spatial_scale, roi_mask, convention, implementation, with_argmax
+    features, rois, roi_mask, spatial_scale, *, output_size, convention, implementation, **options
 ):
     arguments = check_arguments(features, rois, spatial_scale, roi_mask)
     FAMILY.check_name(implementation)
@@ -130,14 +161,25 @@ def _checked_roi_pool(
         output_size=check_output_size(output_size),
         convention=as_convention(convention),
         implementation=implementation,
-        with_argmax=with_argmax,
+        **options,
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("output_size", "convention", "implementation", "with_argmax")
+    jax.jit,
+    static_argnames=(
+        *("output_size", "convention", "implementation"),
+        *("features_spec", "forward_mode", "with_argmax"),
+    ),
 )
-def _roi_pool(
+def _roi_pool(features, rois, roi_mask, spatial_scale, *, features_spec, **options):
+    pool = functools.partial(_pool_canonical, **options)
+    if features_spec is not None:
+        pool = in_explicit_mode(pool, features_spec, features, rois)
+    return pool(features, rois, roi_mask, spatial_scale)
+
+
+def _pool_canonical(
     features: jax.Array,
     rois: jax.Array,
     roi_mask: jax.Array | None,
@@ -146,6 +188,7 @@ def _roi_pool(
     output_size: tuple[int, int],
     convention: Convention,
     implementation: str | None,
+    forward_mode: bool,
     with_argmax: bool,
 ) -> tuple[jax.Array, ...]:
     maps = canonical_features(features, rois)
@@ -163,5 +206,6 @@ def _roi_pool(
         with_argmax=with_argmax,
         empty_value=convention.empty_value,
         implementation=implementation,
+        forward_mode=forward_mode,
     )
     return jax.tree.map(lambda x: x.reshape(*rois.shape[:-1], *x.shape[2:]), results)

@@ -7,6 +7,7 @@ inside their group. Per-image RoIs are n = 1; flat `[R, 5]` RoIs are G = 1.
 from __future__ import annotations
 
 import functools
+import numbers
 import operator
 import reprlib
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -26,6 +28,12 @@ FEATURE_DTYPES = (
     *("float32", "bfloat16", "float16", "float64"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
+
+
+_HINTS = {
+    "rois": "pad lists of boxes to one length, with a roi_mask",
+    "spatial_scale": "convert it by float()",
+}
 
 
 class Arguments(NamedTuple):
@@ -48,9 +56,10 @@ def check_arguments(
     features: ArrayLike, rois: ArrayLike, spatial_scale: ArrayLike, roi_mask: ArrayLike | None
 ) -> Arguments:
     """Arrays of the arguments, or the error that says which of them cannot be right."""
-    if isinstance(rois, np.ndarray) and rois.dtype in (np.int64, np.uint64):
-        rois = rois.astype(np.float32)  # without 64-bit types, JAX would wrap them around
-    features, rois = _as_array("features", features), _as_array("rois", rois)
+    # Lists, and NumPy's 64-bit integers, can hold what JAX without 64-bit types wraps or refuses.
+    is_wide = isinstance(rois, np.ndarray) and rois.dtype in (np.int64, np.uint64)
+    rois_dtype = jnp.float32 if is_wide or isinstance(rois, (list, tuple)) else None
+    features, rois = _as_array("features", features), _as_array("rois", rois, rois_dtype)
     if features.dtype.name not in FEATURE_DTYPES:
         raise TypeError(
             f"features must be of one of the dtypes {', '.join(FEATURE_DTYPES)}, "
@@ -78,7 +87,7 @@ def _check_layout(features: jax.Array, rois: jax.Array) -> None:
     height, width = features.shape[-3:-1]
     if height == 0 or width == 0:
         raise ValueError(f"a feature map must have at least one cell, {got}")
-    if height * width >= 2**31:
+    if not is_symbolic_dim(height * width) and height * width >= 2**31:
         raise ValueError(
             f"a feature map must have less than 2**31 cells, as argmax is int32, {got}"
         )
@@ -101,13 +110,14 @@ def _check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None
 
 
 def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
-    if isinstance(spatial_scale, (int, float, np.integer, np.floating)) and not (
-        0 < _to_float32(spatial_scale) < np.inf and not isinstance(spatial_scale, bool)
-    ):
-        raise ValueError(
-            "spatial_scale must be positive and finite in float32, cells per unit of the RoI "
-            f"coordinates (1/16 for a stride of 16), got {spatial_scale!r:.40}"
-        )
+    if isinstance(spatial_scale, numbers.Real):
+        number = _to_float32(spatial_scale)
+        if not 0 < number < np.inf or isinstance(spatial_scale, bool):
+            raise ValueError(
+                "spatial_scale must be positive and finite in float32, cells per unit of the RoI "
+                f"coordinates (1/16 for a stride of 16), got {spatial_scale!r:.40}"
+            )
+        spatial_scale = number
     spatial_scale = _as_array("spatial_scale", spatial_scale)
     if not _is_real(spatial_scale.dtype):
         raise TypeError(f"spatial_scale must be a real number, got {_describe(spatial_scale)}")
@@ -123,6 +133,14 @@ def check_output_size(output_size: int | tuple[int, int]) -> tuple[int, int]:
     """`(P, Q)`, the bins along the rows and along the columns."""
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     expected = f"output_size must be an int or a pair (P, Q) of ints from 1 to {MAX_BINS}"
+    if isinstance(output_size, jax.core.Tracer) or any(
+        isinstance(size, jax.core.Tracer) for size in sizes
+    ):
+        raise TypeError(
+            f"{expected} that is known when a program is traced, as shapes depend on it, got "
+            f"{output_size}; name it in jax.jit(..., static_argnames='output_size'), which wants "
+            "a tuple for a pair, or fix it with functools.partial"
+        )
     if len(sizes) != 2 or any(isinstance(size, (bool, np.bool_)) for size in sizes):
         raise ValueError(f"{expected}, got {output_size!r}")
     try:
@@ -195,12 +213,15 @@ def _to_float32(number: float | np.number) -> np.float32:
         return np.float32(np.inf)
 
 
-def _as_array(name: str, value: ArrayLike) -> jax.Array:
+def _as_array(name: str, value: ArrayLike, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
     try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        hint = "; pad lists of boxes to one length, with a roi_mask" if name == "rois" else ""
+        return jnp.asarray(value, dtype)
+    except OverflowError as error:
         got = reprlib.repr(value)
+        raise ValueError(f"{name} must be numbers that 32 bits can hold, got {got}") from error
+    except (TypeError, ValueError) as error:
+        got = reprlib.repr(value)
+        hint = f"; {_HINTS[name]}" if name in _HINTS else ""
         raise TypeError(f"{name} must be an array of numbers, got {got}{hint}") from error
 
 

@@ -16,6 +16,8 @@ class RoIPool(_layers.RoIPool, nnx.Module):
         pools other cells and says nothing.
       convention: how RoIs split into bins, a name or a `jax_roipool.Convention`.
       implementation: None for the best that the platform has, `"xla"` or `"kernel"`.
+      features_spec: how the features are split over a mesh of automatic axes, see `roi_pool`.
+      forward_mode: whether `jax.jvp`, `linearize` and `jacfwd` are wanted, see `roi_pool`.
 
     >>> import jax.numpy as jnp
     >>> from jax_roipool.nnx import RoIPool

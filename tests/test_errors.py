@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 
 import jax_roipool
+from harness import assert_same, distinct_features, random_rois
 
 IMAGE, BATCH = (6, 7, 2), (3, 6, 7, 2)
+FOUR_CELLS = np.arange(4, dtype=np.float32).reshape(2, 2, 1)
 
 
 class Call(NamedTuple):
@@ -200,9 +204,12 @@ def test_presets_cannot_be_changed():
         jax_roipool.CONVENTIONS["partition"] = jax_roipool.Convention(inclusive_end=True)
 
 
-def test_options_are_keyword_only():
-    with pytest.raises(TypeError):
-        jax_roipool.roi_pool(jnp.ones(IMAGE), jnp.ones((5, 4)), 2, 0.5)
+def test_the_scale_has_torchvisions_place_and_all_else_a_name():
+    features, rois = distinct_features(IMAGE), random_rois(5, 6, 7)
+    pooled = jax_roipool.roi_pool(features, rois, 2, 0.5)
+    assert_same(pooled, jax_roipool.roi_pool(features, rois, 2, spatial_scale=0.5))
+    with pytest.raises(TypeError, match="positional"):
+        jax_roipool.roi_pool(features, rois, 2, 0.5, None)
 
 
 @pytest.mark.parametrize("output_size", (2, [2, 2], (np.int64(2), 2)), ids=repr)
@@ -214,13 +221,46 @@ def test_output_size_may_be_any_integers(output_size):
     assert pooled.ravel().tolist() == [5, 7, 13, 15]
 
 
-def test_lists_of_numbers_are_arrays_or_refused():
-    # `jnp` functions refuse lists; a silent wrong answer would be worse than either.
-    try:
-        pooled = jax_roipool.roi_pool(jnp.arange(4.0).reshape(2, 2, 1), [[0, 0, 2, 2]], 1)
-    except TypeError:
-        return
-    assert pooled.ravel().tolist() == [3]
+@pytest.mark.parametrize("end", (2, 2.0, 4_000_000_000, 2**40, -(2**40), 10**30))
+def test_coordinates_of_every_size(end):
+    """Of Python's numbers and NumPy's, also where int32 has no room for them."""
+    rois = [[[0, 0, end, 2]], ((0, 0, end, 2),)]
+    if end < 2**63:
+        rois.append(np.array(rois[0]))
+    expected = [2 if end < 0 else 3]
+    for boxes in rois:
+        assert jax_roipool.roi_pool(FOUR_CELLS, boxes, 1).ravel().tolist() == expected
+    traced = jax.jit(lambda x: jax_roipool.roi_pool(FOUR_CELLS, [[x, 0, end, 2]], 1))(0)
+    assert traced.ravel().tolist() == expected
+
+
+def test_coordinates_that_float32_cannot_hold():
+    with pytest.raises(ValueError, match="rois must be numbers that 32 bits can hold"):
+        jax_roipool.roi_pool(FOUR_CELLS, [[0, 0, 10**400, 2]], 1)
+
+
+@pytest.mark.parametrize("scale", (Fraction(1, 2), 0.5, np.float16(0.5), jnp.float16(0.5)), ids=repr)
+def test_scales_of_every_type(scale):
+    pooled = jax_roipool.roi_pool(FOUR_CELLS, [[0, 0, 2, 4]], 1, spatial_scale=scale)
+    assert pooled.ravel().tolist() == [2]
+
+
+@pytest.mark.parametrize("scale", (Fraction(-1, 2), Fraction(0), Fraction(10**50), False), ids=repr)
+def test_scales_that_are_none(scale):
+    with pytest.raises(ValueError, match="spatial_scale must be positive and finite"):
+        jax_roipool.roi_pool(FOUR_CELLS, [[0, 0, 2, 4]], 1, spatial_scale=scale)
+
+
+def test_a_scale_of_another_kind_is_told_how_to_become_one():
+    with pytest.raises(TypeError, match=r"spatial_scale .*got Decimal\('0.5'\); convert it by float"):
+        jax_roipool.roi_pool(FOUR_CELLS, [[0, 0, 2, 4]], 1, spatial_scale=Decimal("0.5"))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("output_size", (7, (7, 7), [7, 7]), ids=repr)
+def test_a_traced_output_size_is_told_to_be_static(function, output_size):
+    with pytest.raises(TypeError, match=r"output_size.*static_argnames='output_size'"):
+        jax.jit(function)(FOUR_CELLS, jnp.ones((1, 4)), output_size)
 
 
 @pytest.mark.parametrize("scale", (np.float32(-1), np.float64(np.nan), np.int32(0)), ids=repr)

@@ -44,6 +44,25 @@ def test_defaults_are_the_functions(layer):
 
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
+def test_an_output_size_may_be_a_list_and_is_checked_at_once(layer):
+    pooled = jax.jit(layer([2, 3], 1))(FEATURES, ROIS / 16)
+    assert_same(pooled, expected(ROIS / 16, (2, 3), "partition"))
+    with pytest.raises(ValueError, match="output_size must be"):
+        layer([2, 3, 4], 1)
+
+
+def test_linen_module_is_hashed_with_a_list():
+    assert hash(linen.RoIPool([2, 3], 1)) == hash(linen.RoIPool((2, 3), 1))
+
+
+@pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
+def test_forward_mode(layer):
+    module = layer(2, 1, forward_mode=True)
+    _, tangent = jax.jvp(lambda x: module(x, ROIS / 16), (FEATURES,), (FEATURES,))
+    assert_same(tangent, expected(ROIS / 16, (2, 2), "partition"))
+
+
+@pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
 def test_the_scale_has_no_default(layer):
     with pytest.raises(TypeError, match="spatial_scale"):
         layer(2)

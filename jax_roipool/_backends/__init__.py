@@ -21,6 +21,7 @@ class Backend(NamedTuple):
     platforms: frozenset[str] | None = None  # None: all of them
     unavailable_reason: Callable[[], str | None] = lambda: None  # on its platforms
     is_partitionable: bool = False  # whether XLA can split it over devices by itself
+    takes_symbolic_shapes: bool = False  # those of `jax.export`
 
 
 @dataclasses.dataclass
@@ -56,7 +57,12 @@ class Family:
             )
 
     def select(
-        self, implementation: str | None, platforms: Sequence[str], partitioned: bool
+        self,
+        implementation: str | None,
+        platforms: Sequence[str],
+        *,
+        partitioned: bool,
+        symbolic: bool,
     ) -> Backend:
         """The best backend that `implementation` allows; logs once which kernel cannot serve.
 
@@ -64,11 +70,14 @@ class Family:
           implementation: None, `"xla"`, `"kernel"` or the name of a backend.
           platforms: one of `self.platforms`, or all of a program's that are not among those.
           partitioned: whether XLA will split the program over devices by itself.
+          symbolic: whether shapes have symbolic dimensions, for `jax.export`.
 
         Raises:
           ValueError: there is none; the message says why.
         """
-        backend, problems = self.choose(implementation, platforms, partitioned)
+        backend, problems = self.choose(
+            implementation, platforms, partitioned=partitioned, symbolic=symbolic
+        )
         if implementation is None:
             for name in self.kernels.get(platforms[0], ()):
                 if name in problems:
@@ -76,7 +85,12 @@ class Family:
         return backend
 
     def choose(
-        self, implementation: str | None, platforms: Sequence[str], partitioned: bool
+        self,
+        implementation: str | None,
+        platforms: Sequence[str],
+        *,
+        partitioned: bool,
+        symbolic: bool = False,
     ) -> tuple[Backend, dict[str, str]]:
         """What `select` selects, and what is wrong with each of the backends that come before."""
         problems = {}
@@ -88,6 +102,8 @@ class Family:
                     "XLA splits this program over devices by itself, which the implementation "
                     "cannot be part of; call it inside jax.shard_map"
                 )
+            if problem is None and symbolic and not backend.takes_symbolic_shapes:
+                problem = "it has to know every shape, and here some are symbolic"
             if problem is None:
                 return backend, problems
             problems[backend.name] = f"implementation {backend.name!r} cannot be used: {problem}"

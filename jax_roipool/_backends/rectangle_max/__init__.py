@@ -44,12 +44,14 @@ def _functions(module) -> dict[str, Callable]:
 
 FAMILY = Family(
     backends=(
-        Backend("cpu", _functions(cpu), frozenset({"cpu"}), cpu.load),
+        Backend(
+            "cpu", _functions(cpu), frozenset({"cpu"}), cpu.load, takes_symbolic_shapes=True
+        ),
         Backend("tpu", _functions(tpu), frozenset({"tpu"})),
-        Backend("blocks", _functions(blocks)),
+        Backend("blocks", _functions(blocks), takes_symbolic_shapes=True),
         Backend("dense", _functions(dense), is_partitionable=True),
         Backend("segment_max", _functions(segment_max), is_partitionable=True),
     ),
     kernels={"cpu": ("cpu",), "tpu": ("tpu",)},
-    portable={"tpu": ("dense",), "*": ("blocks", "segment_max")},
+    portable={"tpu": ("dense", "blocks"), "*": ("blocks", "segment_max")},
 )

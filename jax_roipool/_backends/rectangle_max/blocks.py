@@ -69,7 +69,7 @@ def _pool_at_once(keys, image, edges, *, output_size, argmax_dtype):
     tables = [keys]
     if argmax_dtype:
         _, _, height, width, _ = keys.shape
-        cells = np.arange(height * width, dtype=argmax_dtype).reshape(height, width, 1)
+        cells = lax.iota(argmax_dtype, height * width).reshape(height, width, 1)
         tables.append(vary_with(jnp.broadcast_to(cells, keys.shape), keys))
     tables = [jnp.concatenate(x, axis=1) for x in zip(tables, _windows(tables), strict=True)]
     options = {"output_size": output_size, "argmax_dtype": argmax_dtype}

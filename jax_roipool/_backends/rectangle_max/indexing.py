@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from jax_roipool._backends.rectangle_max.portable import INDEX_LIMIT, has_image, split_edges
 
@@ -44,7 +45,8 @@ def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):
     def scatter_group(cotangent, image, cell):
         index = (image, cell, _channel_of(cell))
         sums = jnp.zeros(cells, sum_dtype)
-        if math.prod(cells) + math.prod(cells[1:]) < INDEX_LIMIT:
+        last = math.prod(cells) + math.prod(cells[1:])
+        if not is_symbolic_dim(last) and last < INDEX_LIMIT:
             # One index instead of three: on a CPU faster, and with little over half the memory.
             index = (index[0] * math.prod(cells[1:]) + index[1] * channels + index[2],)
             sums = sums.reshape(-1)

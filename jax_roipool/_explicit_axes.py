@@ -1,0 +1,67 @@
+"""A call in explicit mode inside a program whose mesh has automatic axes.
+
+There the types say how arrays are split, so that each device can be given its part for a kernel
+that XLA could not split by itself (`_partitioning.shard_map_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+
+def in_explicit_mode(
+    function: Callable, features_spec: PartitionSpec, features: jax.Array, rois: jax.Array
+) -> Callable:
+    """`function(features, rois, roi_mask, spatial_scale)` with features that are split that way.
+
+    RoIs and masks are split as the batch is.
+    """
+    spec = _checked_spec(features_spec, features)
+    mesh = _mesh_of(features, rois)
+    unknown = set(_names(spec)) - set(mesh.axis_names)
+    if unknown:
+        there_are = f"that of the arrays has {mesh.axis_names}" if mesh.axis_names else (
+            "the arrays are on none: shard them, or call under jax.set_mesh"
+        )
+        raise ValueError(
+            f"features_spec must name axes of a mesh, got {features_spec}; {there_are}"
+        )
+    batch = spec[0] if len(features.shape) == 4 else None
+    by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    automatic = tuple(name for name, kind in by_name if kind == AxisType.Auto)
+    if not automatic:
+        return function
+
+    def call(*arguments):
+        specs = (spec, PartitionSpec(batch), PartitionSpec(batch), PartitionSpec())
+        with jax.sharding.use_abstract_mesh(mesh):
+            explicit = jax.sharding.explicit_axes(function, axes=automatic, in_sharding=specs)
+            return explicit(*arguments)
+
+    return call
+
+
+def _checked_spec(spec: PartitionSpec, features: jax.Array) -> PartitionSpec:
+    """One entry an axis of the features; H and W are whole."""
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"features_spec must be a jax.sharding.PartitionSpec, got {spec!r}")
+    full = PartitionSpec(*spec, *[None] * (features.ndim - len(spec)))
+    if len(full) != features.ndim or any(full[-3:-1]):
+        raise ValueError(
+            f"features_spec must split no axes but the batch and the channels of features "
+            f"{list(features.shape)}, got {spec}"
+        )
+    return full
+
+
+def _mesh_of(*arrays: jax.Array) -> AbstractMesh:
+    """The mesh that the arrays are on, or else the one that is set."""
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    return next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())
+
+
+def _names(spec: PartitionSpec) -> list[str]:
+    return jax.tree.leaves(tuple(spec))
