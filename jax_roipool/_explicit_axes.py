@@ -23,8 +23,10 @@ def in_explicit_mode(
     mesh = _mesh_of(features, rois)
     unknown = set(_names(spec)) - set(mesh.axis_names)
     if unknown:
-        there_are = f"that of the arrays has {mesh.axis_names}" if mesh.axis_names else (
-            "the arrays are on none: shard them, or call under jax.set_mesh"
+        there_are = (
+            f"that of the arrays has {mesh.axis_names}"
+            if mesh.axis_names
+            else ("the arrays are on none: shard them, or call under jax.set_mesh")
         )
         raise ValueError(
             f"features_spec must name axes of a mesh, got {features_spec}; {there_are}"

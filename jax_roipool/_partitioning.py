@@ -265,6 +265,7 @@ def custom_partitioning_of(
         return mesh, device_function(made), out_shardings, tuple(in_shardings)
 
     letters = dict.fromkeys("".join((*axes.operands, *axes.results)))
+
     def named(*operands):
         return call(*operands)
 

@@ -257,7 +257,7 @@ def _lower(
     platforms = others if platform is None else [platform]
     if partitioned and device_marker and _partitioning.takes_custom_partitioning(context):
         # Now, as nothing is lowered for a device when XLA takes the program from its cache.
-        backend = family.select(implementation, platforms, partitioned=False, symbolic=False)
+        backend = family.select(implementation, platforms, partitioned=False)
         name = "_".join(map(str, (declaration.name, backend.name, *params.values())))
         function = _partitioning.custom_partitioning_of(axes, name, bind_parts, device_function)
     else:

@@ -15,12 +15,32 @@ import pytest
 import at_once
 import harness
 import interpreted_tpu
-from jax_roipool import _backends
-from jax_roipool._backends.rectangle_max import FAMILY
+from harness import skip_unless_it_can_be_used
 
 # A new backend is put under the whole suite by adding its name here.
 COMPILED_HERE = ("cpu", "blocks", "dense", "segment_max")
 IMPLEMENTATIONS = (*COMPILED_HERE, at_once.NAME, interpreted_tpu.NAME)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also what takes minutes: the compilers for TPUs and CUDA, trained detectors, "
+        "interpreted kernels, everything on many devices, recorded answers on every backend",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: runs with --full alone, as it takes long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        slow = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
 
 at_once.install()
 interpreted_tpu.install()
@@ -30,12 +50,6 @@ hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, max_examples=20
 )
 hypothesis.settings.load_profile("repeatable")
-
-
-def skip_unless_it_can_be_used(implementation):
-    problem = _backends.problem_with(FAMILY.named(implementation), [jax.default_backend()])
-    if problem is not None:
-        pytest.skip(f"implementation {implementation!r}: {problem}")
 
 
 # Session scope: hypothesis refuses fixtures that do not outlive one example.

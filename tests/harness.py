@@ -6,8 +6,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jax_roipool
+from jax_roipool._backends import problem_with
+from jax_roipool._backends.rectangle_max import FAMILY
 
 PRESETS = ("partition", "torchvision", "openvino", "chainer")
 EVERY_CONVENTION = tuple(
@@ -39,6 +42,13 @@ def convention_id(convention):
 def resolved(convention):
     """The convention itself, for the oracle, where the library also takes a name."""
     return jax_roipool.CONVENTIONS[convention] if isinstance(convention, str) else convention
+
+
+def skip_unless_it_can_be_used(implementation):
+    """By its name; the reason says what is missing."""
+    problem = problem_with(FAMILY.named(implementation), [jax.default_backend()])
+    if problem is not None:
+        pytest.skip(f"implementation {implementation!r}: {problem}")
 
 
 @functools.cache

@@ -1,12 +1,15 @@
 """What becomes of the pooling on eight host devices, as JSON: for `test_sharding.py`.
 
-A program of its own, as host devices are counted when JAX starts.
+A program of its own, as host devices are counted when JAX starts. With `--full` it tries every
+pair of shardings, and not one of each.
 """
 
+import functools
 import itertools
 import json
 import os
 import re
+import sys
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -29,6 +32,7 @@ ROIS = jnp.stack([random_rois(K, H, W, seed) for seed in range(N)])
 FLAT = random_rois(2 * K, H, W, images=N)
 COTANGENT = whole_cotangent((N, K, BINS, BINS, C))
 NATIVE = "jax_roipool_cpu"
+FULL = "--full" in sys.argv
 
 # Features, RoIs, what is pooled: over the axes "x" (4 devices) and "y" (2) of the mesh.
 BATCH = P("x"), P("x"), P("x")
@@ -110,7 +114,8 @@ def everything(mesh):
         arguments = put(FEATURES.astype(dtype), P("x")), put(FLAT, P("x"))
         cases[f"flat, {dtype}"] = run(pool, *arguments)
 
-    for name, (features_spec, rois_spec, pooled_spec) in LAYOUTS.items():
+    mapped_layouts = LAYOUTS if FULL else {"batch and rois": LAYOUTS["batch and rois"]}
+    for name, (features_spec, rois_spec, pooled_spec) in mapped_layouts.items():
         mapped = jax.shard_map(
             lambda x, rois: jax_roipool.roi_pool(x, rois, BINS),
             mesh=mesh,
@@ -132,37 +137,56 @@ def everything(mesh):
 
 FEATURES_SPLIT = (P(), P("x"), P(("x", "y")), P("y", None, None, "x"), P(None, None, "y"))
 ROIS_SPLIT = (P(), P("x"), P("y", "x"), P(None, ("x", "y")), P("x", None, "y"))
-MASK_SPLIT = (None, P("x"), P(), P("y", "x"))
+MASK_SPLIT = (None, P("x"), P(), P("y", "x"), P(None, "x"))
+SPECS = (P(), P("x"), P(("x", "y")), P("y", None, None, "x"))
 
 
-def product(mesh):
-    """Features, RoIs and masks, each split in its own way, against one device: what goes wrong."""
+def pairs(first, second):
+    """All of them or, unless all is wanted, those that have each of both once."""
+    every = list(itertools.product(first, second))
+    if FULL:
+        return every
+    return [(a, second[i % len(second)]) for i, a in enumerate(first)] + [(first[1], second[-1])]
+
+
+def product(mesh, specs=(None,)):
+    """Features, RoIs and masks, each split in its own way, against one device: what goes wrong.
+
+    `specs` are what `features_spec` says instead, to a mesh of automatic axes.
+    """
     mask = jnp.asarray(np.arange(N * K).reshape(N, K) % 5 > 0)
 
     def put(x, spec):
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    def both(features, rois, roi_mask):
+    def both(features, rois, roi_mask, **options):
         def pool(features):
-            return jax_roipool.roi_pool(features, rois, BINS, roi_mask=roi_mask)
+            return jax_roipool.roi_pool(features, rois, BINS, roi_mask=roi_mask, **options)
 
         pooled, pullback = jax.vjp(pool, features)
         return pooled, pullback(jnp.round(pooled / 64))[0]
 
-    def of_sets(features, rois):
+    def of_sets(features, rois, **options):
         def pool(features):
-            return jax.vmap(lambda rois: jax_roipool.roi_pool(features, rois, BINS))(rois)
+            return jax.vmap(lambda rois: jax_roipool.roi_pool(features, rois, BINS, **options))(
+                rois
+            )
 
         pooled, pullback = jax.vjp(pool, features)
         return pooled, pullback(jnp.round(pooled / 64))[0]
 
-    def problem(function, wanted, *arguments):
+    def problem(function, wanted, *arguments, features_spec):
         try:
-            results = jax.jit(function)(*arguments)
+            program = jax.jit(functools.partial(function, features_spec=features_spec))
+            results = program(*arguments)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         if not same(results, wanted):
             return "other values"
+        if features_spec is not None:
+            text = program.lower(*arguments).as_text()
+            if "CustomSPMDPartitioning" in text or NATIVE not in text:
+                return "no kernel, or one that XLA is to split"
         like = jax.typeof(arguments[0])
         if "Explicit" in str(mesh) and jax.typeof(results[1]) != like:
             return f"the gradient of {like} is {jax.typeof(results[1])}"
@@ -170,16 +194,25 @@ def product(mesh):
 
     problems = {}
     plain = {masked: both(FEATURES, ROIS, mask if masked else None) for masked in (False, True)}
-    pairs = itertools.product(FEATURES_SPLIT, ROIS_SPLIT)
-    for (features, rois), roi_mask in zip(pairs, itertools.cycle(MASK_SPLIT), strict=False):
-        masks = () if roi_mask is None else (put(mask, roi_mask),)
-        arguments = put(FEATURES, features), put(ROIS, rois), *(masks or (None,))
-        case = f"{features}, {rois}, {roi_mask}"
-        problems[case] = problem(both, plain[bool(masks)], *arguments)
+    for i, (features, rois) in enumerate(pairs(FEATURES_SPLIT, ROIS_SPLIT)):
+        for j, features_spec in enumerate(specs if FULL else [specs[i % len(specs)]]):
+            split = MASK_SPLIT[(i + i // 5 + j) % 5]  # over and over, with another pair each time
+            masks = None if split is None else put(mask, split)
+            arguments = put(FEATURES, features), put(ROIS, rois), masks
+            case = f"{features}, {rois}, {split}, {features_spec}"
+            wanted = plain[split is not None]
+            problems[case] = problem(both, wanted, *arguments, features_spec=features_spec)
+    plain = both(FEATURES, FLAT, None)
+    for rois, features_spec in pairs((P(), P("x")), specs):
+        arguments = put(FEATURES, P("x")), put(FLAT, rois), None
+        case = f"flat, {rois}, {features_spec}"
+        problems[case] = problem(both, plain, *arguments, features_spec=features_spec)
     plain = of_sets(FEATURES[0], ROIS)
-    for features, rois in itertools.product((P(), P(None, None, "y")), ROIS_SPLIT):
+    for features, rois in pairs((P(), P(None, None, "y")), ROIS_SPLIT):
+        features_spec = None if specs == (None,) else P(None, None, "y")
         arguments = put(FEATURES[0], features), put(ROIS, rois)
-        problems[f"vmap, {features}, {rois}"] = problem(of_sets, plain, *arguments)
+        case = f"vmap, {features}, {rois}, {features_spec}"
+        problems[case] = problem(of_sets, plain, *arguments, features_spec=features_spec)
     return problems
 
 
@@ -276,6 +309,8 @@ def main():
         results[name] = everything(mesh)
         results[f"product, {name}"] = product(mesh)
         results[f"toys, {name}"] = toys(mesh)
+        if kind == AxisType.Auto:
+            results["product, named"] = product(mesh, SPECS)
     print(json.dumps(results | {"others": others()}))
 
 

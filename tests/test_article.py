@@ -25,7 +25,7 @@ REGION = (0.0, 3.0, 7.0, 8.0)
 ARTICLE = [[0.85, 0.84], [0.97, 0.96]]
 
 
-def pool(rois, implementation, features=MAP, **options):
+def pool(rois, implementation=None, features=MAP, **options):
     rois = jnp.asarray([rois], jnp.float32)
     features = jnp.asarray(features)
     return jax_roipool.roi_pool_with_argmax(
@@ -46,14 +46,14 @@ def test_pooling_without_argmax_gives_the_articles_answer(every_implementation):
 
 
 @pytest.mark.parametrize("dtype", (jnp.int32, jnp.bfloat16))
-def test_rois_of_other_types_give_the_articles_answer(dtype, every_implementation):
+def test_rois_of_other_types_give_the_articles_answer(dtype):
     rois = jnp.asarray([REGION], dtype)
-    pooled = jax_roipool.roi_pool(jnp.asarray(MAP), rois, 2, implementation=every_implementation)
+    pooled = jax_roipool.roi_pool(jnp.asarray(MAP), rois, 2)
     assert_same(pooled[0, ..., 0], np.float32(ARTICLE))
 
 
-def test_image_coordinates_of_a_stride_16_network_give_the_articles_answer(every_implementation):
-    pooled, _ = pool(np.multiply(REGION, 16), every_implementation, spatial_scale=1 / 16)
+def test_image_coordinates_of_a_stride_16_network_give_the_articles_answer():
+    pooled, _ = pool(np.multiply(REGION, 16), spatial_scale=1 / 16)
     assert_same(pooled[0, ..., 0], np.float32(ARTICLE))
 
 
@@ -66,12 +66,12 @@ def test_image_coordinates_of_a_stride_16_network_give_the_articles_answer(every
         ("chainer", [[0.85, 0.96], [0.97, 0.96]]),
     ),
 )
-def test_each_convention_gives_its_systems_answer(convention, answer, every_implementation):
-    pooled, _ = pool(REGION, every_implementation, convention=convention)
+def test_each_convention_gives_its_systems_answer(convention, answer):
+    pooled, _ = pool(REGION, convention=convention)
     assert_same(pooled[0, ..., 0], np.float32(answer))
 
 
-def test_torchvision_convention_on_odd_regions(every_implementation):
+def test_torchvision_convention_on_odd_regions():
     regions = {
         # Inverted: one cell, at the first corner.
         (5, 5, 2, 2): ([[0.65, 0.65], [0.65, 0.65]], [[45, 45], [45, 45]]),
@@ -87,7 +87,6 @@ def test_torchvision_convention_on_odd_regions(every_implementation):
         jnp.asarray(list(regions), jnp.float32),
         2,
         convention="torchvision",
-        implementation=every_implementation,
     )
     answers, positions = zip(*regions.values(), strict=True)
     assert_same(pooled[..., 0], np.float32(answers))
@@ -97,11 +96,9 @@ def test_torchvision_convention_on_odd_regions(every_implementation):
 @pytest.mark.parametrize(
     ("scale", "answer"), ((1.0, [[14, 16], [26, 28]]), (0.7, [[7, 9], [19, 21]]))
 )
-def test_mxnet_documentation_example(scale, answer, every_implementation):
+def test_mxnet_documentation_example(scale, answer):
     features = np.arange(48, dtype=np.float32).reshape(8, 6, 1)
-    pooled, _ = pool(
-        (0, 0, 4, 4), every_implementation, features, spatial_scale=scale, convention="torchvision"
-    )
+    pooled, _ = pool((0, 0, 4, 4), features=features, spatial_scale=scale, convention="torchvision")
     assert_same(pooled[0, ..., 0], np.float32(answer))
 
 

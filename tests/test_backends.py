@@ -182,6 +182,6 @@ def test_the_diagnosis_names_what_each_platform_uses():
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     assert f"jax_roipool {jax_roipool.__version__}" in said
     assert f"jax {jax.__version__}\n" in said
-    assert f"cpu: {FAMILY.select(None, ['cpu'], False).name!r}" in said
+    assert f"cpu: {FAMILY.select(None, ['cpu'], partitioned=False).name!r}" in said
     assert "tpu: 'tpu', 'dense' where XLA splits it over devices" in said
     assert "cuda: 'blocks'" in said

@@ -115,12 +115,12 @@ def test_torchvision_float32_spill(bins, differing, early):
     assert LENGTHS[different][:2].tolist() == {7: [57, 114], 14: [57, 62]}[bins]
 
 
-def test_spilled_cell_is_pooled_by_torchvision_alone(every_implementation):
+def test_spilled_cell_is_pooled_by_torchvision_alone():
     features = np.zeros((1, 64, 1), np.float32)
     features[0, 57] = 5
     rois = jnp.asarray([[0.0, 0.0, 56.0, 0.0]])
     for convention, last in (("torchvision", 5), ("openvino", 0)):
-        pooled, _ = pool((1, 7), convention, every_implementation)(features, rois)
+        pooled, _ = pool((1, 7), convention)(features, rois)
         assert_same(pooled[0, 0, :, 0], np.float32([0] * 6 + [last]))
 
 
@@ -228,13 +228,13 @@ def test_scale_applies_in_float32_whatever_the_rois_are(dtype):
     assert argmax[0, 0, 0].tolist() == [70, 5]
 
 
-def test_rows_and_columns_are_binned_alike(every_implementation):
+def test_rows_and_columns_are_binned_alike():
     features = np.arange(30 * 40, dtype=np.float32).reshape(30, 40, 1)
     rois = jnp.asarray([[3.0, 5.0, 31.0, 26.0], [-4.0, 8.0, 20.0, 40.0]])
-    _, argmax = pool((3, 4), "torchvision", every_implementation)(features, rois)
+    _, argmax = pool((3, 4), "torchvision")(features, rois)
     swapped_rois = rois[:, jnp.asarray([1, 0, 3, 2])]
     swapped = jnp.asarray(features).transpose(1, 0, 2)
-    _, swapped_argmax = pool((4, 3), "torchvision", every_implementation)(swapped, swapped_rois)
+    _, swapped_argmax = pool((4, 3), "torchvision")(swapped, swapped_rois)
     row, column = np.divmod(np.asarray(argmax), 40)
     swapped_row, swapped_column = np.divmod(np.asarray(swapped_argmax), 30)
     assert np.all(argmax[0] >= 0)

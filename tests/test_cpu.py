@@ -79,6 +79,7 @@ def test_gradient_of_large_bins():
     assert_same(jax.grad(value)(jnp.asarray(features)), wanted.astype(np.float32))
 
 
+@pytest.mark.full
 def test_a_map_of_more_elements_than_an_int32_counts():
     features = np.zeros((3, 4096, 4096, 45), np.int8)  # 2.1 GiB
     features[2, 4094, 4095] = np.arange(1, 46)

@@ -13,6 +13,8 @@ from jax_roipool import CONVENTIONS
 from jax_roipool._bins import packed_edges
 from jax_roipool._rois import canonical_rois
 
+pytestmark = pytest.mark.full
+
 PORTABLE = ("blocks", "dense", "segment_max")
 DTYPES = (jnp.float32, jnp.bfloat16)
 ids = {"ids": lambda dtype: jnp.dtype(dtype).name}

@@ -42,9 +42,9 @@ def spanning(dtype):
     return np.random.default_rng(0).choice(pool, SHAPE)
 
 
-def check(features, implementation, convention):
+def check(features, convention):
     rois = np.concatenate([random_rois(5, *SHAPE[:2]), [[9, 9, 12, 12]]]).astype(np.float32)
-    pooled, argmax = pool((3, 2), convention, implementation)(jnp.asarray(features), rois)
+    pooled, argmax = pool((3, 2), convention)(jnp.asarray(features), rois)
     expected, expected_argmax = oracle.roi_pool(features, rois, (3, 2), resolved(convention))
     assert_same(pooled, expected)
     assert_same(argmax, expected_argmax)
@@ -53,38 +53,38 @@ def check(features, implementation, convention):
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
-def test_values_are_exact(dtype, implementation):
-    check(spanning(dtype), implementation, "chainer")
+def test_values_are_exact(dtype):
+    check(spanning(dtype), "chainer")
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=name)
-def test_values_are_exact_with_64_bit_types_on(dtype, x64, implementation):
-    check(spanning(dtype), implementation, "chainer")
+def test_values_are_exact_with_64_bit_types_on(dtype, x64):
+    check(spanning(dtype), "chainer")
 
 
 @pytest.mark.parametrize("dtype", (jnp.int8, jnp.uint8), ids=name)
-def test_minus_infinity_is_an_integers_smallest_value(dtype, implementation):
+def test_minus_infinity_is_an_integers_smallest_value(dtype):
     features = jnp.full((2, 2, 1), 7, dtype)
     rois = jnp.asarray([[5.0, 5.0, 6.0, 6.0], [0.0, 0.0, 1.0, 1.0], [np.nan, 0.0, 1.0, 1.0]])
-    pooled, argmax = pool((1, 1), "chainer", implementation)(features, rois)
+    pooled, argmax = pool((1, 1), "chainer")(features, rois)
     assert pooled.dtype == dtype
     assert pooled.ravel().tolist() == [jnp.iinfo(dtype).min, 7, 0]
     assert argmax.ravel().tolist() == [-1, 0, -1]
 
 
-def test_integer_minimum_is_a_value_like_any_other(implementation):
-    # An implementation that starts from the minimum must still find the first cell.
+def test_integer_minimum_is_a_value_like_any_other():
+    # What starts from the minimum must still find the first cell.
     features = jnp.full((3, 3, 1), -128, jnp.int8)
-    _, argmax = pool((1, 1), "partition", implementation)(features, jnp.asarray([[1.0, 1, 3, 3]]))
+    _, argmax = pool((1, 1), "partition")(features, jnp.asarray([[1.0, 1, 3, 3]]))
     assert argmax.ravel().tolist() == [4]
 
 
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16), ids=name)
-def test_gradient_has_the_features_dtype(dtype, implementation):
+def test_gradient_has_the_features_dtype(dtype):
     features = np.random.default_rng(1).permutation(6 * 7 * 2).reshape(SHAPE).astype(dtype)
     rois = random_rois(5, 6, 7)
     cotangent = whole_cotangent((5, 3, 2, 2), dtype=dtype)
-    run = pool_and_grad((3, 2), "torchvision", implementation)
+    run = pool_and_grad((3, 2), "torchvision")
     _, argmax, grad = run(jnp.asarray(features), rois, cotangent)
     expected = oracle.roi_pool_grad(np.asarray(cotangent), np.asarray(argmax), SHAPE, rois)
     assert np.any(expected)
@@ -93,11 +93,11 @@ def test_gradient_has_the_features_dtype(dtype, implementation):
     assert_same(grad, expected.astype(dtype))
 
 
-def test_float64_gradient_has_the_features_dtype(x64, implementation):
+def test_float64_gradient_has_the_features_dtype(x64):
     features = jnp.asarray([[1, 1 + 1e-12], [0, 0]], jnp.float64)[..., None]
     cotangent = jnp.full((1, 1, 1, 1), 1 + 1e-12, jnp.float64)
     rois = jnp.asarray([[0, 0, 2, 2]], jnp.float32)
-    _, _, grad = pool_and_grad((1, 1), "partition", implementation)(features, rois, cotangent)
+    _, _, grad = pool_and_grad((1, 1), "partition")(features, rois, cotangent)
     assert_same(grad[..., 0], np.array([[0, 1 + 1e-12], [0, 0]]))
 
 
@@ -113,11 +113,11 @@ ROI_DTYPES = (
 )
 
 
-def check_rois(dtype, implementation):
+def check_rois(dtype):
     features = np.random.default_rng(2).permutation(2 * 6 * 7).reshape(2, 6, 7, 1)
     features = features.astype(np.float32)
     rois = np.array([[0, 1, 2, 5, 6], [1, 0, 0, 7, 3], [0, 4, 4, 2, 2]]).astype(dtype)
-    run = pool((2, 2), "partition", implementation)
+    run = pool((2, 2), "partition")
     pooled, argmax = run(jnp.asarray(features), jnp.asarray(rois), 0.7)
     expected, expected_argmax = oracle.roi_pool(features, rois, (2, 2), resolved("partition"), 0.7)
     assert_same(pooled, expected)
@@ -125,40 +125,40 @@ def check_rois(dtype, implementation):
 
 
 @pytest.mark.parametrize("dtype", ROI_DTYPES, ids=name)
-def test_rois_of_any_real_dtype(dtype, implementation):
-    check_rois(dtype, implementation)
+def test_rois_of_any_real_dtype(dtype):
+    check_rois(dtype)
 
 
 @pytest.mark.parametrize("dtype", (jnp.float64, jnp.int64), ids=name)
-def test_rois_of_any_real_dtype_with_64_bit_types_on(dtype, x64, implementation):
-    check_rois(dtype, implementation)
+def test_rois_of_any_real_dtype_with_64_bit_types_on(dtype, x64):
+    check_rois(dtype)
 
 
-def test_int64_image_index_does_not_wrap(x64, implementation):
+def test_int64_image_index_does_not_wrap(x64):
     features = jnp.ones((2, 3, 3, 1), jnp.float32)
     rois = jnp.asarray([[2**32, 0, 0, 3, 3], [-(2**32), 0, 0, 3, 3], [1, 0, 0, 3, 3]], jnp.int64)
-    pooled, argmax = pool((1, 1), "partition", implementation)(features, rois)
+    pooled, argmax = pool((1, 1), "partition")(features, rois)
     assert pooled.ravel().tolist() == [0, 0, 1]
     assert argmax.ravel().tolist() == [-1, -1, 0]
 
 
-def test_float64_image_index_is_read_in_full(x64, implementation):
+def test_float64_image_index_is_read_in_full(x64):
     features = jnp.ones((2, 3, 3, 1), jnp.float32)
     rois = jnp.asarray([[1e-12, 0, 0, 3, 3], [1, 0, 0, 3, 3], [1 + 1e-12, 0, 0, 3, 3]])
     assert rois.dtype == jnp.float64
-    pooled, _ = pool((1, 1), "partition", implementation)(features, rois)
+    pooled, _ = pool((1, 1), "partition")(features, rois)
     assert pooled.ravel().tolist() == [0, 1, 0]
 
 
-def test_coordinates_are_float32_even_with_64_bit_types_on(x64, implementation):
+def test_coordinates_are_float32_even_with_64_bit_types_on(x64):
     # 2.5 less a little is 2.5 in float32.
     features = jnp.arange(6.0, dtype=jnp.float64).reshape(1, 6, 1)
     rois = jnp.asarray([[2.5 - 1e-12, 0, 3, 1]], jnp.float64)
-    _, argmax = pool((1, 1), "partition", implementation)(features, rois)
+    _, argmax = pool((1, 1), "partition")(features, rois)
     assert argmax.ravel().tolist() == [3]
 
 
-def test_argmax_stays_int32_with_64_bit_types_on(x64, implementation):
+def test_argmax_stays_int32_with_64_bit_types_on(x64):
     features = jnp.ones((2, 2, 1), jnp.float64)
-    _, argmax = pool((1, 1), "partition", implementation)(features, jnp.asarray([[1, 1, 2, 2]]))
+    _, argmax = pool((1, 1), "partition")(features, jnp.asarray([[1, 1, 2, 2]]))
     assert_same(argmax, np.full((1, 1, 1, 1), 3, np.int32))

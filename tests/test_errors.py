@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_roipool
 from harness import assert_same, distinct_features, random_rois
@@ -239,7 +241,9 @@ def test_coordinates_that_float32_cannot_hold():
         jax_roipool.roi_pool(FOUR_CELLS, [[0, 0, 10**400, 2]], 1)
 
 
-@pytest.mark.parametrize("scale", (Fraction(1, 2), 0.5, np.float16(0.5), jnp.float16(0.5)), ids=repr)
+@pytest.mark.parametrize(
+    "scale", (Fraction(1, 2), 0.5, np.float16(0.5), jnp.float16(0.5)), ids=repr
+)
 def test_scales_of_every_type(scale):
     pooled = jax_roipool.roi_pool(FOUR_CELLS, [[0, 0, 2, 4]], 1, spatial_scale=scale)
     assert pooled.ravel().tolist() == [2]
@@ -252,7 +256,9 @@ def test_scales_that_are_none(scale):
 
 
 def test_a_scale_of_another_kind_is_told_how_to_become_one():
-    with pytest.raises(TypeError, match=r"spatial_scale .*got Decimal\('0.5'\); convert it by float"):
+    with pytest.raises(
+        TypeError, match=r"spatial_scale .*got Decimal\('0.5'\); convert it by float"
+    ):
         jax_roipool.roi_pool(FOUR_CELLS, [[0, 0, 2, 4]], 1, spatial_scale=Decimal("0.5"))
 
 
@@ -272,6 +278,38 @@ def test_numpy_scale_is_checked_as_pythons_is(scale):
 def test_lists_of_different_lengths_are_told_to_pad():
     with pytest.raises(TypeError, match=r"rois must be an array.*pad"):
         jax_roipool.roi_pool(np.ones(BATCH, np.float32), [[[0, 0, 4, 4]], [], []], 2)
+
+
+@pytest.mark.parametrize("spec", (P(None, "x"), P(None, None, "x"), P(*5 * [None])), ids=repr)
+def test_a_spec_that_splits_rows_or_columns(spec):
+    with pytest.raises(ValueError, match="features_spec must split no axes but the batch and the"):
+        jax_roipool.roi_pool(jnp.ones(BATCH), jnp.ones((5, 5)), 2, features_spec=spec)
+
+
+def test_a_spec_that_is_none():
+    with pytest.raises(TypeError, match=r"features_spec must be a jax.sharding.PartitionSpec.*'x'"):
+        jax_roipool.roi_pool(jnp.ones(BATCH), jnp.ones((5, 5)), 2, features_spec="x")
+
+
+def test_a_spec_without_a_mesh_and_one_of_another_mesh():
+    def pool(features):
+        return jax_roipool.roi_pool(features, jnp.ones((5, 5)), 2, features_spec=P("x"))
+
+    with pytest.raises(ValueError, match=r"names? axes of a mesh.*'x'.*shard them, or .*set_mesh"):
+        pool(jnp.ones(BATCH))
+    mesh = jax.make_mesh((1,), ("y",), axis_types=(AxisType.Auto,))
+    on_another_mesh = jax.device_put(jnp.ones(BATCH), NamedSharding(mesh, P()))
+    with pytest.raises(ValueError, match=r"'x'.*the arrays has \('y',\)"):
+        pool(on_another_mesh)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
+def test_a_spec_on_one_device(kind):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(kind,))
+    features, rois = distinct_features(BATCH), random_rois(5, 6, 7, images=3)
+    with jax.set_mesh(mesh):
+        pooled = jax.jit(lambda x: jax_roipool.roi_pool(x, rois, 2, features_spec=P("x")))(features)
+    assert_same(pooled, np.asarray(jax_roipool.roi_pool(features, rois, 2)))
 
 
 @pytest.mark.parametrize("implementation", (["xla"], 1))

@@ -38,6 +38,25 @@ def detector():
     return load("digits_detector")
 
 
+CACHE = {
+    "jax_persistent_cache_min_compile_time_secs": 1,
+    # Else a program over an automatic mesh is never found again, see docs/sharding.md.
+    "jax_remove_custom_partitioning_ptr_from_cache_key": True,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """Detectors that start again find their programs, as their users' do; processes as well."""
+    cache = CACHE | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs"))}
+    before = {name: getattr(jax.config, name) for name in cache}
+    for name, value in cache.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in cache.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 def test_quickstart_prints_the_articles_answer(tmp_path, capsys, monkeypatch):
     picture = tmp_path / "new" / "map.png"
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output", str(picture)])
@@ -52,6 +71,7 @@ def test_quickstart_prints_the_articles_answer(tmp_path, capsys, monkeypatch):
     assert is_picture(picture)
 
 
+@pytest.mark.full
 def test_detector_trains_evaluates_and_draws(detector, tmp_path, capsys):
     output = tmp_path / "pictures"
     assert detector.main(["--steps", "2", "--scenes", "4", "--output", str(output)]) == 0
@@ -97,14 +117,18 @@ def composed(detector, monkeypatch):
     return compose
 
 
-def in_processes(tmp_path, die_at_step, *arguments, processes=1, devices=1):
+def in_processes(tmp_path, programs, die_at_step, *arguments, processes=1, devices=1):
     """Starts that many, waits for all, and returns their exit codes and the losses."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        # XLA's threads wait for each other in a collective: with JAX 0.8.1, two threads for four
-        # devices (two cores) never get done.
-        "PJRT_NPROC": "8",
-    }
+    environment = (
+        os.environ
+        | programs
+        | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # XLA's threads wait for each other in a collective: with JAX 0.8.1 two threads, those
+            # of two cores, never get four devices done.
+            "PJRT_NPROC": "8",
+        }
+    )
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
@@ -145,6 +169,7 @@ def assert_same_training(losses, straight):
     np.testing.assert_allclose(losses, straight, rtol=1e-2)
 
 
+@pytest.mark.full
 def test_interrupted_detector_resumes_where_it_was(
     detector, train, straight, composed, tmp_path, capsys
 ):
@@ -161,9 +186,12 @@ def test_interrupted_detector_resumes_where_it_was(
     np.testing.assert_allclose(losses, straight, rtol=1e-5)
 
 
-def test_killed_detector_resumes_on_fewer_devices(train, straight, composed, tmp_path):
+@pytest.mark.full
+def test_killed_detector_resumes_on_fewer_devices(
+    train, straight, composed, compiled_programs, tmp_path
+):
     saved = ("--checkpoint", str(tmp_path / "checkpoint"), "--save-every", "2")
-    codes, losses = in_processes(tmp_path, 5, *saved, devices=4)
+    codes, losses = in_processes(tmp_path, compiled_programs, 5, *saved, devices=4)
     assert (codes, losses) == ([-signal.SIGKILL], None)
     losses = train(*saved)
     # A checkpoint is written while training goes on: that of step 4 may not have been complete.
@@ -171,9 +199,12 @@ def test_killed_detector_resumes_on_fewer_devices(train, straight, composed, tmp
     assert_same_training(losses, straight)
 
 
-def test_detector_in_two_processes_has_the_losses_of_one(train, straight, composed, tmp_path):
+@pytest.mark.full
+def test_detector_in_two_processes_has_the_losses_of_one(
+    train, straight, composed, compiled_programs, tmp_path
+):
     saved = ("--checkpoint", str(tmp_path / "checkpoint"))
-    codes, losses = in_processes(tmp_path, -1, *saved, processes=2, devices=2)
+    codes, losses = in_processes(tmp_path, compiled_programs, -1, *saved, processes=2, devices=2)
     assert codes == [0, 0]
     assert_same_training(losses, straight)
     # What two have saved, one can read, and there is nothing left to do.
@@ -181,6 +212,7 @@ def test_detector_in_two_processes_has_the_losses_of_one(train, straight, compos
     assert not composed.steps
 
 
+@pytest.mark.full
 def test_detector_learns_through_the_pooling(detector):
     # The head's loss alone has to reach the backbone.
     sources = detector.load_sources(detector.TRAIN)
@@ -225,6 +257,7 @@ def test_detector_refuses_bad_values(arguments, message, detector, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_detectors_train_step_compiles_for_four_tpus(detector):
     devices = tpu_compiler.mesh(4)
 

@@ -105,6 +105,90 @@ def test_portable_artifact_holds_no_custom_calls_of_this_machine():
     assert_same(exported.call(*ARGUMENTS)[0], expected("torchvision")[0])
 
 
+# Symbolic shapes: one program, and maps, batches and RoIs of several sizes through it.
+
+SIZES = ({"n": 2, "k": 3, "h": 7, "w": 9, "c": 2}, {"n": 1, "k": 5, "h": 4, "w": 30, "c": 3})
+SYMBOLIC = {
+    "rois": ("2, 7, 9, 3", "2, k, 4"),
+    "all but the map's size": ("n, 7, 9, c", "n, k, 4"),
+    "the map's size": ("2, h, w, 3", "2, 4, 4"),
+    "all": ("n, h, w, c", "n, k, 4"),
+    "one image": ("h, w, c", "k, 4"),
+    "flat": ("n, h, w, c", "k, 5"),
+}
+
+
+def exported_with_symbols(shapes, function, platforms):
+    scope = export.SymbolicScope()
+    arguments = [
+        jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), dtype)
+        for shape, dtype in zip(shapes, (np.float32, np.float32, np.bool_), strict=True)
+    ]
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in jax_roipool.CUSTOM_CALLS]
+    program = export.export(jax.jit(function), platforms=platforms, disabled_checks=allowed)
+    return round_trip(program(*arguments))
+
+
+@pytest.mark.parametrize("implementation", (None, "blocks"))
+@pytest.mark.parametrize("case", SYMBOLIC)
+def test_symbolic_shapes(case, implementation):
+    features_shape, rois_shape = SYMBOLIC[case]
+    mask_shape = rois_shape.rpartition(",")[0]
+
+    def both(features, rois, roi_mask):
+        def pool(features):
+            return jax_roipool.roi_pool(
+                features,
+                rois,
+                OUTPUT_SIZE,
+                roi_mask=roi_mask,
+                convention="chainer",
+                implementation=implementation,
+            )
+
+        pooled, pullback = jax.vjp(pool, features)
+        return pooled, *pullback(jnp.ones_like(pooled))
+
+    shapes = features_shape, rois_shape, mask_shape
+    program = exported_with_symbols(shapes, both, platforms=("cpu",))
+    for sizes in SIZES:
+        shape, rois_of, mask_of = (
+            [int(sizes.get(size.strip(), size)) for size in text.split(",")] for text in shapes
+        )
+        features = np.asarray(distinct_features(shape))
+        rois = np.random.default_rng(0).uniform(0, 9, rois_of).astype(np.float32)
+        if case == "flat":
+            rois[:, 0] = np.arange(len(rois)) % shape[0]
+        mask = np.arange(np.prod(mask_of)).reshape(mask_of) % 3 > 0
+        pooled, gradient = program.call(features, rois, mask)
+        wanted, argmax = oracle.roi_pool(
+            features, rois, OUTPUT_SIZE, resolved("chainer"), roi_mask=mask
+        )
+        assert_same(pooled, wanted)
+        wanted = oracle.roi_pool_grad(np.ones(pooled.shape), argmax, features.shape, rois)
+        assert_same(gradient, wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("platform", ("tpu", "cuda"))
+def test_symbolic_shapes_have_a_portable_backend_on_every_platform(platform):
+    def pool(features, rois, roi_mask):
+        return jax_roipool.roi_pool(features, rois, 2, roi_mask=roi_mask)
+
+    program = exported_with_symbols(("n, h, w, c", "n, k, 4", "n, k"), pool, (platform,))
+    assert "custom_call @tpu" not in program.mlir_module()
+
+
+@pytest.mark.parametrize("implementation", ("dense", "segment_max"))
+def test_backends_that_need_every_shape_say_so(implementation):
+    def pool(features, rois, roi_mask):
+        return jax_roipool.roi_pool(
+            features, rois, 2, roi_mask=roi_mask, implementation=implementation
+        )
+
+    with pytest.raises(ValueError, match=r"has to know every shape.*'blocks'"):
+        exported_with_symbols(("n, h, w, c", "n, k, 4", "n, k"), pool, ("cpu",))
+
+
 def loss(features):
     return jnp.sum(pool("torchvision", None)(features, *ARGUMENTS[1:])[0] ** 2)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jax_roipool
+from harness import skip_unless_it_can_be_used
 from jax_roipool._backends.rectangle_max import dense
 
 HEIGHT, WIDTH, CHANNELS = 40, 48, 32
@@ -18,12 +19,18 @@ FEW, MANY = 64, 1024
 BIN_BYTES = 8 * OUTPUT_SIZE**2 * CHANNELS
 PER_ROI = 16 * BIN_BYTES
 
+SLOW_TO_COMPILE = ("dense", "segment_max")
+
 # What the bounds are set against: one map per RoI would be thirty times over.
 assert PER_ROI * 7 < MAP_BYTES
 
 
-@pytest.fixture
-def pool(implementation, monkeypatch):
+@pytest.fixture(
+    params=("cpu", "blocks", *(pytest.param(x, marks=pytest.mark.full) for x in SLOW_TO_COMPILE))
+)
+def pool(request, monkeypatch):
+    implementation = request.param
+    skip_unless_it_can_be_used(implementation)
     monkeypatch.setattr(dense, "CHUNK_BYTES", 1 << 20)  # by default more than all of these maps
     jax.clear_caches()
     return functools.partial(

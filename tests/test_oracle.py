@@ -16,8 +16,8 @@ from harness import (
 )
 
 
-def check(problem, layout, convention, implementation):
-    run = pool_and_grad(layout.output_size, convention, implementation)
+def check(problem, layout, convention):
+    run = pool_and_grad(layout.output_size, convention)
     pooled, argmax, grad = run(*problem)
     expected, expected_argmax = oracle.roi_pool(
         problem.features,
@@ -39,7 +39,7 @@ def check(problem, layout, convention, implementation):
 @hypothesis.given(data=st.data())
 def test_any_convention_follows_the_definition(convention, data):
     problem = data.draw(strategies.problems(strategies.FLAT))
-    check(problem, strategies.FLAT, convention, None)
+    check(problem, strategies.FLAT, convention)
 
 
 @pytest.mark.parametrize("convention", ("partition", "chainer"))
@@ -49,5 +49,5 @@ def test_any_convention_follows_the_definition(convention, data):
     ids=("image", "batch", "flat", "strip"),
 )
 @hypothesis.given(data=st.data())
-def test_every_layout_follows_the_definition(layout, convention, implementation, data):
-    check(data.draw(strategies.problems(layout)), layout, convention, implementation)
+def test_every_layout_follows_the_definition(layout, convention, data):
+    check(data.draw(strategies.problems(layout)), layout, convention)

@@ -37,6 +37,7 @@ def test_recorded_answers(path):
     "path", [path for path in FIXTURES if "hostile" in path.stem][::2], ids=lambda path: path.stem
 )
 @pytest.mark.parametrize("implementation", ("blocks", "dense", "segment_max"))
+@pytest.mark.full
 def test_portable_backends_give_recorded_answers(path, implementation):
     check(path, implementation)
 
@@ -61,6 +62,7 @@ def check(path, implementation):
 @pytest.mark.parametrize(
     "path", [path for path in FIXTURES if "hostile" in path.stem][::2], ids=lambda path: path.stem
 )
+@pytest.mark.full
 def test_the_tpu_kernels_give_recorded_answers(path, interpreter):
     recorded = load(path)
     output_size = tuple(recorded["output_size"].tolist())
@@ -92,33 +94,33 @@ def test_oracle_gives_the_recorded_answers(path):
         np.testing.assert_allclose(grad, recorded["grad"], rtol=1e-5, atol=1e-5)
 
 
-def test_openvino_list_terminator_is_not_imitated(implementation):
+def test_openvino_list_terminator_is_not_imitated():
     # OpenVINO stops at the first image index of -1; here only that RoI is bad.
     features = np.ones((1, 4, 4, 1), np.float32)
     rois = np.array([[0, 0, 0, 3, 3], [-1, 0, 0, 3, 3], [0, 0, 0, 3, 3]], np.float32)
     cotangent = np.ones((3, 1, 1, 1), np.float32)
-    pooled, _, _ = pool_and_grad((1, 1), "openvino", implementation)(features, rois, cotangent)
+    pooled, _, _ = pool_and_grad((1, 1), "openvino")(features, rois, cotangent)
     assert pooled.ravel().tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("value", (np.nan, -np.inf))
-def test_torchvision_lowest_float_is_not_imitated(value, implementation):
+def test_torchvision_lowest_float_is_not_imitated(value):
     # torchvision starts from the lowest float: NaN and -inf never exceed it, and get lost.
     features = np.full((1, 2, 2, 1), value, np.float32)
     rois = np.array([[0, 0, 0, 1, 1]], np.float32)
     cotangent = np.ones((1, 1, 1, 1), np.float32)
-    run = pool_and_grad((1, 1), "torchvision", implementation)
+    run = pool_and_grad((1, 1), "torchvision")
     pooled, argmax, grad = run(features, rois, cotangent)
     assert_same(pooled, np.full((1, 1, 1, 1), value, np.float32))
     assert argmax.ravel().tolist() == [0]
     assert grad.ravel().tolist() == [1, 0, 0, 0]
 
 
-def test_chainer_cpu_rounding_to_even_is_not_imitated(implementation):
+def test_chainer_cpu_rounding_to_even_is_not_imitated():
     # Chainer rounds half to even on the CPU and half away from zero on the GPU.
     features = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
     rois = np.array([[0, 0.5, 2.5, 0.5, 2.5]], np.float32)
     cotangent = np.ones((1, 1, 1, 1), np.float32)
-    run = pool_and_grad((1, 1), "chainer", implementation)
+    run = pool_and_grad((1, 1), "chainer")
     pooled, _, _ = run(features, rois, cotangent)
     assert pooled.ravel().tolist() == [13]

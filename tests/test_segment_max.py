@@ -33,7 +33,7 @@ def want():
     return pooled, argmax, gradient.astype(np.float32)
 
 
-@pytest.mark.parametrize("rois_at_once", (1, 2, 3, 6))
+@pytest.mark.parametrize("rois_at_once", (2, 3))
 def test_chunks_change_nothing(rois_at_once, want, monkeypatch):
     bytes_per_roi = FEATURES[0].nbytes
     monkeypatch.setattr(segment_max, "CHUNK_BYTES", rois_at_once * bytes_per_roi)

@@ -103,15 +103,6 @@ def test_integer_output_size_is_square():
     assert square[0, ..., 0].tolist() == [[5, 7], [13, 15]]
 
 
-def test_default_implementation_gives_the_same(implementation):
-    features, rois = jnp.arange(16.0).reshape(4, 4, 1), jnp.asarray([[0.0, 1, 4, 4]])
-    named = jax_roipool.roi_pool_with_argmax(features, rois, 2, implementation=implementation)
-    default = jax_roipool.roi_pool_with_argmax(features, rois, 2)
-    assert named[0][0, ..., 0].tolist() == [[5, 7], [13, 15]]
-    for a, b in zip(named, default, strict=True):
-        assert_same(a, b)
-
-
 def test_layouts_agree():
     features = jnp.arange(2 * 5 * 6 * 3.0).reshape(2, 5, 6, 3) % 17
     boxes = jnp.asarray([[[0.0, 0, 5, 5], [2, 1, 6, 4]], [[1, 1, 3, 3], [-2, 0, 9, 2]]])

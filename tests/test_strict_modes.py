@@ -24,7 +24,7 @@ MODES = {
 
 @pytest.mark.parametrize("convention", ("partition", "torchvision"))
 @pytest.mark.parametrize("mode", MODES)
-def test_pooling_and_its_derivatives(mode, convention, implementation):
+def test_pooling_and_its_derivatives(mode, convention):
     def pool(features, scale):
         return jax_roipool.roi_pool_with_argmax(
             features,
@@ -33,7 +33,6 @@ def test_pooling_and_its_derivatives(mode, convention, implementation):
             spatial_scale=scale,
             roi_mask=MASK,
             convention=convention,
-            implementation=implementation,
         )
 
     def loss(features):
@@ -43,7 +42,6 @@ def test_pooling_and_its_derivatives(mode, convention, implementation):
             (2, 3),
             roi_mask=MASK,
             convention=convention,
-            implementation=implementation,
         )
         return jnp.sum(pooled * COTANGENT, dtype=jnp.float32)
 

@@ -20,7 +20,9 @@ from jax_roipool._backends.rectangle_max.tpu import pool as pool_kernel
 from jax_roipool._backends.rectangle_max.tpu import scatter as scatter_kernel
 from jax_roipool._backends.rectangle_max.tpu import schedule
 
-interpreted = pytest.mark.usefixtures("interpreter")
+
+def interpreted(test):
+    return pytest.mark.full(pytest.mark.usefixtures("interpreter")(test))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,12 +155,14 @@ def features_across_strips(groups, dtype):
     ),
     ids=("2-float32", "4-bfloat16"),
 )
+@interpreted
 def test_rois_across_strips(groups, rows, dtype, argmax_dtype, empty_value, strips_of):
     strips_of(rows)
     features = features_across_strips(groups, dtype)
     check(features, edges_across_strips(groups), (3, 2), argmax_dtype, empty_value)
 
 
+@interpreted
 def test_maxima_alone_across_strips(strips_of):
     strips_of(4)
     features, edges = features_across_strips(1, jnp.bfloat16), edges_across_strips(1)

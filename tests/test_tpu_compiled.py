@@ -17,6 +17,8 @@ from jax_roipool._backends.rectangle_max import dense
 from jax_roipool._backends.rectangle_max.tpu import schedule
 from tpu_compiler import GENERATIONS, Compiled, mesh, on_one_device
 
+pytestmark = pytest.mark.full
+
 DTYPES = (jnp.float32, jnp.bfloat16)
 ids = {"ids": lambda dtype: jnp.dtype(dtype).name}
 
@@ -279,6 +281,25 @@ def test_explicit_shardings_run_the_kernels(split):
     compiled = Compiled(pullback(), features, rois, cotangent)
     assert (compiled.kernels, compiled.count(*MOVES)) == (2, 0)
     assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
+
+
+@pytest.mark.parametrize("split", ("batch", "channels", "batch and channels"))
+def test_a_spec_brings_the_kernels_into_automatic_partitioning(split):
+    specs, devices = (BOTH, mesh(2, 2)) if split not in ON_X else (ON_X[split], mesh(4))
+    features, rois, cotangent = sharded(devices, specs)
+
+    def pool(features, rois):
+        return jax_roipool.roi_pool(features, rois, 7, features_spec=specs[0])
+
+    def gradient(features, rois, cotangent):
+        return jax.vjp(lambda x: pool(x, rois), features)[1](cotangent)[0]
+
+    compiled = Compiled(pool, features, rois)
+    assert (compiled.kernels, compiled.count(*MOVES)) == (1, 0)
+    assert_local(compiled)
+    compiled = Compiled(gradient, features, rois, cotangent)
+    assert (compiled.kernels, compiled.count(*MOVES)) == (2, 0)
+    assert_local(compiled)
 
 
 def test_explicit_shardings_of_flat_rois_move_bins_and_no_maps():

@@ -62,7 +62,7 @@ class Family:
         platforms: Sequence[str],
         *,
         partitioned: bool,
-        symbolic: bool,
+        symbolic: bool = False,
     ) -> Backend:
         """The best backend that `implementation` allows; logs once which kernel cannot serve.
 

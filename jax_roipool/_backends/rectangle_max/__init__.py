@@ -44,9 +44,7 @@ def _functions(module) -> dict[str, Callable]:
 
 FAMILY = Family(
     backends=(
-        Backend(
-            "cpu", _functions(cpu), frozenset({"cpu"}), cpu.load, takes_symbolic_shapes=True
-        ),
+        Backend("cpu", _functions(cpu), frozenset({"cpu"}), cpu.load, takes_symbolic_shapes=True),
         Backend("tpu", _functions(tpu), frozenset({"tpu"})),
         Backend("blocks", _functions(blocks), takes_symbolic_shapes=True),
         Backend("dense", _functions(dense), is_partitionable=True),
