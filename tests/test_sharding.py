@@ -164,6 +164,20 @@ def test_arrays_that_are_split_apart_give_one_devices_bits(group, results):
     assert not {case: problem for case, problem in problems.items() if problem}
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("how", ("spec", "explicit", "switch", "xla", "auto"))
+def test_the_persistent_cache(how, tmp_path):
+    def hits(empty_value):
+        script = Path(__file__).with_name("cached.py")
+        command = [sys.executable, "-W", "error", script, tmp_path, how, empty_value]
+        return int(subprocess.check_output(command, text=True, timeout=300))
+
+    assert hits("0") == 0
+    # JAX's key of a program with custom_partitioning has an address in it: a limit of JAX's.
+    assert hits("0") == (how != "auto")
+    assert hits("-inf") == 0  # is another program, if not by its operations
+
+
 @pytest.mark.parametrize(
     "claim",
     (

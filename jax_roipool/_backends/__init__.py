@@ -100,7 +100,8 @@ class Family:
             if problem is None and not splits:
                 problem = (
                     "XLA splits this program over devices by itself, which the implementation "
-                    "cannot be part of; call it inside jax.shard_map"
+                    "cannot be part of; name the axes in features_spec, or call it inside "
+                    "jax.shard_map over all of them"
                 )
             if problem is None and symbolic and not backend.takes_symbolic_shapes:
                 problem = "it has to know every shape, and here some are symbolic"
