@@ -1,6 +1,6 @@
 """Whether a program is found in JAX's persistent cache, for `test_sharding.py`: prints 1, or 0.
 
-    python cached.py FOLDER HOW EMPTY_VALUE
+python cached.py FOLDER HOW EMPTY_VALUE
 """
 
 import os

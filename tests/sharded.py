@@ -187,6 +187,11 @@ def product(mesh, specs=(None,)):
             text = program.lower(*arguments).as_text()
             if "CustomSPMDPartitioning" in text or NATIVE not in text:
                 return "no kernel, or one that XLA is to split"
+            pooled, gradient = (x.sharding.spec for x in results)
+            if function is both and (*pooled, None)[0] != (*features_spec, None)[0]:
+                return f"what is pooled is split as {pooled}"
+            if gradient != features_spec:
+                return f"the gradient is split as {gradient}"
         like = jax.typeof(arguments[0])
         if "Explicit" in str(mesh) and jax.typeof(results[1]) != like:
             return f"the gradient of {like} is {jax.typeof(results[1])}"

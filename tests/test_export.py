@@ -130,7 +130,10 @@ def exported_with_symbols(shapes, function, platforms):
 
 
 @pytest.mark.parametrize("implementation", (None, "blocks"))
-@pytest.mark.parametrize("case", SYMBOLIC)
+@pytest.mark.parametrize(
+    "case",
+    [x if x in ("all", "flat") else pytest.param(x, marks=pytest.mark.full) for x in SYMBOLIC],
+)
 def test_symbolic_shapes(case, implementation):
     features_shape, rois_shape = SYMBOLIC[case]
     mask_shape = rois_shape.rpartition(",")[0]

@@ -128,12 +128,12 @@ def test_second_derivatives_either_way():
     rois, (pooled, _, tangent) = ROIS["flat"], expected("flat")
 
     def loss(x):
-        return (pool(x, rois) ** 3).sum() / 3
+        return (pool(x, rois) ** 2).sum()
 
     def along(x):
         return jax.jvp(loss, (x,), (TANGENT,))[1]
 
-    assert float(jax.jit(along)(FEATURES)) == (pooled**2 * tangent).sum()
+    assert float(jax.jit(along)(FEATURES)) == (2 * pooled * tangent).sum()
     forward_over_reverse = jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (TANGENT,))[1])
     np.testing.assert_array_equal(
         jax.jit(jax.grad(along))(FEATURES), forward_over_reverse(FEATURES)

@@ -20,7 +20,7 @@ from tpu_compiler import GENERATIONS, Compiled, mesh, on_one_device
 pytestmark = pytest.mark.full
 
 DTYPES = (jnp.float32, jnp.bfloat16)
-ids = {"ids": lambda dtype: jnp.dtype(dtype).name}
+ids = {"ids": lambda value: value if isinstance(value, str) else jnp.dtype(value).name}
 
 
 def pool(output_size=7, implementation=None):
@@ -66,24 +66,27 @@ def is_compiled_to_kernels(features, rois, output_size=(7, 7), **options):
     assert compiled.count(*MOVES) == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, **ids)
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    ("generation", "dtype"),
+    (*((generation, jnp.float32) for generation in GENERATIONS), ("v5e", jnp.bfloat16)),
+    **ids,
+)
 def test_a_map_that_fits_and_one_that_does_not(generation, dtype):
     for name in ("vgg-train", "fpn-p2"):
         is_compiled_to_kernels(*WORKLOADS[name], dtype=dtype, generation=generation)
 
 
-@pytest.mark.parametrize("channels", (1, 3, 64, 200, 384, 1000))
+@pytest.mark.parametrize("channels", (1, 64, 200, 1000))
 def test_any_number_of_channels(channels):
     is_compiled_to_kernels((2, 25, 33, channels), (2, 20), dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize("output_size", ((1, 1), (14, 14), (1, 14), (14, 1), (3, 5), (8, 2)))
+@pytest.mark.parametrize("output_size", ((1, 1), (14, 14), (1, 14), (3, 5)))
 def test_any_number_of_bins(output_size):
     is_compiled_to_kernels((2, 100, 168, 256), 512, output_size)
 
 
-@pytest.mark.parametrize("rois", (1, 9, 8192, (16, 512)))
+@pytest.mark.parametrize("rois", (1, 8192, (16, 512)))
 def test_any_number_of_rois(rois):
     is_compiled_to_kernels((16, 50, 84, 256), rois)
 
@@ -254,7 +257,7 @@ def test_automatic_partitioning_moves_no_features(split):
     assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
 
 
-@pytest.mark.parametrize("split", (*ON_X, "batch and channels"))
+@pytest.mark.parametrize("split", ("RoIs", "batch and channels"))
 def test_shard_map_runs_the_kernels(split):
     specs, devices = (BOTH, mesh(2, 2)) if split not in ON_X else (ON_X[split], mesh(4))
     features, rois, cotangent = sharded(devices, specs)
@@ -316,7 +319,7 @@ def test_explicit_shardings_of_flat_rois_move_bins_and_no_maps():
         assert 0 < program.largest(*COLLECTIVES) <= bins
 
 
-@pytest.mark.parametrize("rois", (64, 1000))
+@pytest.mark.parametrize("rois", (1000,))
 def test_compared_cells_loop_over_many_rois_at_a_time(rois):
     features, rois = (2, 100, 168, 256), (2, rois)
     arguments = all_arguments(features, rois)

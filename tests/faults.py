@@ -1,0 +1,332 @@
+"""Single faults put into a copy of the code, and which of them the tests find.
+
+    python tests/faults.py [--full] [WORDS OF A FAULT'S NAME...]
+
+A fault is tried against the test files that are to find it, by default without `--full`. A fault
+in C++ is compiled. Prints a line a fault, and at the end those that nothing has found.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = "jax_roipool/"
+FAMILY = PACKAGE + "_backends/rectangle_max/"
+NATIVE = FAMILY + "cpu/native/"
+EXTENSION = "jax_roipool_cpu.so"
+
+
+class Fault(NamedTuple):
+    """One place in the code, what it becomes, and the test files that should turn red."""
+
+    name: str
+    path: str
+    code: str
+    fault: str
+    tests: str
+
+
+def bins(name, code, fault, tests="bins"):
+    return Fault(f"bins: {name}", PACKAGE + "_bins.py", code, fault, tests)
+
+
+def rois(name, code, fault, tests="bad_values errors"):
+    return Fault(f"rois: {name}", PACKAGE + "_rois.py", code, fault, tests)
+
+
+def core(name, code, fault, tests="primitive partitioning"):
+    return Fault(f"primitive: {name}", PACKAGE + "_primitive.py", code, fault, tests)
+
+
+def plan(name, code, fault, tests="partitioning primitive"):
+    return Fault(f"partitioning: {name}", PACKAGE + "_partitioning.py", code, fault, tests)
+
+
+def rules(name, code, fault, tests="gradients forward_mode"):
+    return Fault(f"derivatives: {name}", PACKAGE + "_rectangle_max.py", code, fault, tests)
+
+
+def choice(name, code, fault, tests="backends"):
+    return Fault(f"choice: {name}", PACKAGE + "_backends/__init__.py", code, fault, tests)
+
+
+def backend(file, name, code, fault, tests="contract"):
+    return Fault(f"{file}: {name}", FAMILY + file, code, fault, tests)
+
+
+def native(file, name, code, fault, tests="contract cpu"):
+    return Fault(f"C++, {file}: {name}", NATIVE + file, code, fault, tests)
+
+
+FAULTS = (
+    bins("half to even", "lax.RoundingMethod.AWAY_FROM_ZERO", "lax.RoundingMethod.TO_NEAREST_EVEN"),
+    bins("the end is never inclusive", "int(convention.inclusive_end)", "0"),
+    bins("a length of 0", "inclusive_end), 1)", "inclusive_end), 0)"),
+    bins("clipped a cell early", "0, lanes.size)", "0, lanes.size - 1)"),
+    bins("short bins are empty", "lanes.is_end & (whole == 0)", "lanes.is_end & (whole < 0)"),
+    bins(
+        "rounded up too far",
+        "np.where(lanes.is_end, lanes.bins - 1, 0)",
+        "np.where(lanes.is_end, lanes.bins, 0)",
+    ),
+    bins("XLA's quotient", "for step in range(-1, 3)", "for step in range(-1, 0)"),
+    bins("rows are columns", "jnp.where(lanes.is_row, y1, x1)", "jnp.where(lanes.is_row, x1, y1)"),
+    bins("ends are rounded down", "jnp.ceil(end)", "jnp.floor(end)"),
+    bins(
+        "height and width are mixed up",
+        "where(of_each_part(True, True, True, False, False), H, W)",
+        "where(of_each_part(True, True, True, False, False), W, H)",
+    ),
+    rois("masks do nothing", "real &= roi_mask", "real &= roi_mask | True"),
+    rois("only x1 and y1 must be finite", "for i in range(4)]", "for i in range(2)]"),
+    rois("any scale will do", " & jnp.isfinite(spatial_scale)", ""),
+    rois("an image too many", "(index < images)", "(index <= images)", "bad_values compositions"),
+    rois("half an image", "(index == jnp.floor(index))", "(index == index)"),
+    rois("cells past int32", "CELL_LIMIT = 2.0**29", "CELL_LIMIT = 2.0**31", "bins oracle"),
+    rois("the index is a coordinate", "rois[..., -4:]", "rois[..., :4]", "oracle parity"),
+    rois("lists are int32", "isinstance(rois, (list, tuple)) else None", "False else None"),
+    rois("any two batches", "rois.shape[0] != features.shape[0]", "False"),
+    rois("any mask", "roi_mask.shape != rois.shape[:-1]", "False"),
+    rois("half a bin", "1 <= rows <= MAX_BINS", "0 <= rows <= MAX_BINS"),
+    rois("narrow indices", "if index.dtype.itemsize >= 4:", "if True:", "dtypes bad_values"),
+    rois(
+        "masks stay where they are",
+        "roi_mask is None or not any(lead) or",
+        "True or not any(lead) or",
+        "sharding",
+    ),
+    core("the image index stays on the CPU", "platforms = others if", "platforms = ['cpu'] if"),
+    core("never joins K", 'letter = "k" if only_rois', 'letter = "g" if only_rois', "primitive vmap"),
+    core(
+        "joins the wrong way round",
+        "sizes = (mapped[0].axis_size, size) if inner else (size, mapped[0].axis_size)",
+        "sizes = (mapped[0].axis_size, size)",
+        "primitive vmap",
+    ),
+    core(
+        "a mapped axis in front is overlooked",
+        "self.dim is not None and self.dim <= self.axis",
+        "self.dim is not None and self.dim < self.axis",
+        "primitive vmap",
+    ),
+    core(
+        "nothing varies together",
+        "*vary_together(*operands),",
+        "*operands,",
+        "compositions primitive sharding",
+    ),
+    core("the mesh is forgotten", "if result_sharding is None:", "if True:", "primitive sharding"),
+    core(
+        "symbols are numbers",
+        "symbolic=_are_symbolic(types)",
+        "symbolic=False",
+        "export",
+    ),
+    core(
+        "kernels wait for the device",
+        "backend = family.select(implementation, platforms, partitioned=False)",
+        "backend = family.named('blocks')",
+        "sharding",
+    ),
+    plan("sums mix RoIs", "if k != n and set(k) & set(n):", "if False:"),
+    plan("bins cost twice", "0 if axes.sums_rois else 2 * bins", "2 * bins"),
+    plan(
+        "every device has all sums",
+        'onto = "k" if together and not axes.sums_rois else None',
+        "onto = None",
+    ),
+    plan(
+        "images are counted from 0",
+        "packed - images * lax.axis_index(names)",
+        "packed - lax.axis_index(names)",
+        "partitioning primitive sharding",
+    ),
+    plan("uneven parts", "array_type.shape[at] % parts == 0 and", "", "partitioning sharding"),
+    plan("any axis is explicit", "== tuple(mesh.axis_names)", "!= ()", "partitioning sharding"),
+    rules("a gradient twice as large", "_scatter(cotangents[0],", "_scatter(2 * cotangents[0],"),
+    rules("int16 for a cell too many", "cells - 1 <=", "cells - 2 <=", "dtypes shapes gradients"),
+    rules(
+        "users get the narrow argmax",
+        "argmax_dtype = np.dtype(np.int32) if with_argmax else _residual_dtype(features_type)",
+        "argmax_dtype = _residual_dtype(features_type)",
+    ),
+    rules(
+        "tangents are the maxima",
+        "tangents[0], argmax, edges, implementation=implementation",
+        "features, argmax, edges, implementation=implementation",
+    ),
+    rules(
+        "the scatter has no transpose",
+        "(gathered,) = gather_at_argmax_p(gradient,",
+        "(gathered,) = gather_at_argmax_p(0 * gradient,",
+    ),
+    choice("XLA splits everything", "splits = not partitioned or", "splits = True or"),
+    choice("portable first", "None: kernels + portable", "None: portable + kernels"),
+    choice("aloud every time", "@functools.cache\ndef _warn_once", "def _warn_once"),
+    choice("any name", 'if implementation not in (None, "xla"', 'if False and implementation not in (None, "xla"', "errors"),
+    Fault(
+        "layers: masks are left out",
+        PACKAGE + "_layers.py",
+        "roi_mask=roi_mask,",
+        "roi_mask=None,",
+        "modules",
+    ),
+    Fault(
+        "explicit axes: RoIs are whole",
+        PACKAGE + "_explicit_axes.py",
+        "batch = spec[0] if",
+        "batch = None if",
+        "sharding",
+    ),
+    Fault(
+        "explicit axes: any name will do",
+        PACKAGE + "_explicit_axes.py",
+        "    if unknown:",
+        "    if False:",
+        "errors",
+    ),
+    backend("ordered.py", "NaN is a number", "magnitude > infinity, nan", "magnitude < 0, nan"),
+    backend("ordered.py", "negative numbers upside down", "bits < 0, -magnitude", "bits < 0, magnitude"),
+    backend("portable.py", "the last of equals", "(other_index < index)", "(other_index > index)"),
+    backend("portable.py", "bad images pool empty", "jnp.where(no_image, 0,", "jnp.where(no_image, empty,"),
+    backend("blocks.py", "the last of equals", "jnp.minimum(before, cell", "jnp.maximum(before, cell"),
+    backend("blocks.py", "a block too few", "-(-cells // (stride * block))", "cells // (stride * block)"),
+    backend("blocks.py", "windows reach out", "row + j * stride, row_end - stride", "row + j * stride, row_end - 1"),
+    backend("dense.py", "a column too many", "(cell[None] < end[:, None])", "(cell[None] <= end[:, None])"),
+    backend("dense.py", "bad images are gathered", "found = has_image(image_index, images) & (argmax >= 0)", "found = argmax >= 0"),
+    backend("segment_max.py", "no last row", "jnp.maximum(core_max[:bins], last_key)", "core_max[:bins]"),
+    backend("segment_max.py", "ties in the last row", "jnp.where(last_key == maximum, last, size)", "size"),
+    backend("indexing.py", "narrow sums", "sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32", "sum_dtype = cotangent.dtype"),
+    backend("indexing.py", "bad images get gradients", "image = jnp.where(found, image, images)", "image = jnp.clip(image, 0, images - 1)"),
+    backend("tpu/pool.py", "the last strip wins ties", "wins = earlier >= key", "wins = earlier > key", "tpu"),
+    backend("tpu/pool.py", "nothing is a zero", "is_nothing = to_bits(earlier, jnp.int32) == negative_zero", "is_nothing = to_bits(earlier, jnp.int32) == 1", "tpu"),
+    backend("tpu/pool.py", "a strip's rows are a map's", "(best[1] + strip.top) * width", "best[1] * width", "contract tpu"),
+    backend("tpu/schedule.py", "the last bin is all there is", "jnp.maximum(row_start[..., -1] + 1, row_end[..., -1])", "row_end[..., -1]", "contract tpu"),
+    backend("tpu/schedule.py", "packs that reach nowhere", "visits |= unit == first", "visits |= unit < 0", "contract tpu"),
+    backend("tpu/scatter.py", "a conversion", "lax.bitcast_convert_type(to_bits(values, jnp.int32) << 16, jnp.float32)", "values.astype(jnp.float32) * (jnp.abs(values) > 1e-38)", "contract tpu"),
+    native("channel_loops.cc", "the last NaN wins", " & (maximum == maximum);\n  }\n  template <class V>\n  static auto is_same", ";\n  }\n  template <class V>\n  static auto is_same"),
+    native("channel_loops.cc", "the last of equals", "(index < best)", "(index > best)"),
+    native("channel_loops.cc", "an odd cell's NaN", "i % 2 == 1 || i + 1 == count", "i % 2 == 1"),
+    native("channel_loops.cc", "unsigned is signed", "? std::numeric_limits<L>::min() : L(0)", "? L(0) : L(0)"),
+    native("channel_loops.cc", "float16 upside down", "bits > 0x7FFF ? -magnitude", "bits > 0x7FFF ? magnitude"),
+    native("channel_loops.cc", "a vector too few", "channel + W::kLanes <= channels; channel += W::kLanes) {\n    Lanes maximum", "channel + W::kLanes < channels; channel += W::kLanes) {\n    Lanes maximum"),
+    native("channel_loops.cc", "reads past the map", "0 <= cell && cell < cells;", "true;"),
+    native("pooling.cc", "begins again", "resume_ = true;", "resume_ = false;"),
+    native("pooling.cc", "cell 0 for none", "std::memset(bin_argmax, 0xFF", "std::memset(bin_argmax, 0"),
+    native("pooling.cc", "bad images pool empty", "if (has_image && empty_is_lowest)", "if (empty_is_lowest)"),
+    native("pooling.cc", "groups share images", "!= image % map.num_images", "!= image"),
+    native("pooling.cc", "tiles reach out", "{(rows.start + 1) / 2, rows.end / 2}", "{rows.start / 2, rows.end / 2}"),
+    native("pyramid.cc", "tiles of one column", "2 * col + i % 2", "2 * col + i / 2"),
+    native("pyramid.cc", "no row at the end", "std::min((band + 1) * rows, to.height)", "std::min((band + 1) * rows, to.height - 1)"),
+    native("shapes.h", "an image too many", "index < map_.num_images ?", "index <= map_.num_images ?"),
+    native("handlers.cc", "any argmax", "map.cells() - 1 <= std::numeric_limits<int16_t>::max()", "map.cells() - 1 <= std::numeric_limits<int32_t>::max()", "cpu contract"),
+)  # fmt: skip
+
+
+class Workplace:
+    """A copy of the project in which one fault at a time is tried."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder / "project"
+        self.build = folder / "build"
+        files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+        for name in filter(lambda name: (ROOT / name).is_file(), files):
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+        # Before an editable installation of the project, in every process that a test starts.
+        (self.folder / "sitecustomize.py").write_text(
+            "import sys\n"
+            "sys.meta_path[:] = [x for x in sys.meta_path if 'editable' not in type(x).__module__]\n"
+            "sys.meta_path[:] = [x for x in sys.meta_path if 'Editable' not in type(x).__name__]\n"
+        )
+        source = self.folder / NATIVE
+        options = f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"
+        self._run("cmake", "-S", source, "-B", self.build, *options)
+        if not self.compile():
+            sys.exit("the native library does not compile")
+        shutil.copy(self.build / EXTENSION, folder / EXTENSION)
+
+    def compile(self) -> bool:
+        if self._run("cmake", "--build", self.build).returncode:
+            return False
+        shutil.copy(self.build / EXTENSION, self.folder / FAMILY / "cpu" / EXTENSION)
+        return True
+
+    def try_out(self, fault: Fault, full: bool) -> str:
+        path = self.folder / fault.path
+        before = path.read_text()
+        if before.count(fault.code) != 1:
+            return f"STALE ({before.count(fault.code)} places)"
+        path.write_text(before.replace(fault.code, fault.fault))
+        is_native = fault.path.startswith(NATIVE)
+        try:
+            if is_native and not self.compile():
+                return "DOES NOT COMPILE"
+            files = [f"tests/test_{name}.py" for name in fault.tests.split()]
+            options = ["-o", "addopts=--strict-markers", "-p", "no:cacheprovider", "-qx"]
+            process = self._run(
+                sys.executable, "-m", "pytest", *options, *["--full"] * full, *files
+            )
+            if process.returncode == 0:
+                return "not found"
+            found = [x for x in process.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+            return found[0][:110] if found else f"found (exit code {process.returncode})"
+        finally:
+            path.write_text(before)
+            shutil.copy(self.build.parent / EXTENSION, self.folder / FAMILY / "cpu" / EXTENSION)
+
+    def _run(self, *command):
+        environment = os.environ | {"PYTHONPATH": str(self.folder), "JAX_PLATFORMS": "cpu"}
+        return subprocess.run(
+            list(map(str, command)),
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="what `pytest --full` finds")
+    parser.add_argument("words", nargs="*", help="only faults whose names have one of these")
+    arguments = parser.parse_args()
+    faults = [
+        fault
+        for fault in FAULTS
+        if not arguments.words or any(word in fault.name for word in arguments.words)
+    ]
+    not_found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        free = queue.Queue()
+        for i in range(2):
+            free.put(Workplace(pathlib.Path(scratch) / str(i)))
+
+        def try_out(fault):
+            workplace = free.get()
+            try:
+                return workplace.try_out(fault, arguments.full)
+            finally:
+                free.put(workplace)
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for fault, outcome in zip(faults, pool.map(try_out, faults), strict=True):
+                print(f"{fault.name}: {outcome}", flush=True)
+                if not outcome.startswith(("FAILED", "ERROR", "found")):
+                    not_found.append(fault.name)
+    print(f"{len(faults) - len(not_found)} of {len(faults)} found", *not_found, sep="\n  ")
+    return 1 if not_found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
