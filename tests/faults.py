@@ -103,8 +103,10 @@ FAULTS = (
         "True or not any(lead) or",
         "sharding",
     ),
-    core("the image index stays on the CPU", "platforms = others if", "platforms = ['cpu'] if"),
-    core("never joins K", 'letter = "k" if only_rois', 'letter = "g" if only_rois', "primitive vmap"),
+    core("every program is for CPUs", "platforms = others if", "platforms = ['cpu'] if"),
+    core(
+        "never joins K", 'letter = "k" if only_rois', 'letter = "g" if only_rois', "primitive vmap"
+    ),
     core(
         "joins the wrong way round",
         "sizes = (mapped[0].axis_size, size) if inner else (size, mapped[0].axis_size)",
@@ -171,7 +173,12 @@ FAULTS = (
     choice("XLA splits everything", "splits = not partitioned or", "splits = True or"),
     choice("portable first", "None: kernels + portable", "None: portable + kernels"),
     choice("aloud every time", "@functools.cache\ndef _warn_once", "def _warn_once"),
-    choice("any name", 'if implementation not in (None, "xla"', 'if False and implementation not in (None, "xla"', "errors"),
+    choice(
+        "any name",
+        'if implementation not in (None, "xla"',
+        'if False and implementation not in (None, "xla"',
+        "errors",
+    ),
     Fault(
         "layers: masks are left out",
         PACKAGE + "_layers.py",
@@ -194,41 +201,165 @@ FAULTS = (
         "errors",
     ),
     backend("ordered.py", "NaN is a number", "magnitude > infinity, nan", "magnitude < 0, nan"),
-    backend("ordered.py", "negative numbers upside down", "bits < 0, -magnitude", "bits < 0, magnitude"),
+    backend(
+        "ordered.py", "negative numbers upside down", "bits < 0, -magnitude", "bits < 0, magnitude"
+    ),
     backend("portable.py", "the last of equals", "(other_index < index)", "(other_index > index)"),
-    backend("portable.py", "bad images pool empty", "jnp.where(no_image, 0,", "jnp.where(no_image, empty,"),
-    backend("blocks.py", "the last of equals", "jnp.minimum(before, cell", "jnp.maximum(before, cell"),
-    backend("blocks.py", "a block too few", "-(-cells // (stride * block))", "cells // (stride * block)"),
-    backend("blocks.py", "windows reach out", "row + j * stride, row_end - stride", "row + j * stride, row_end - 1"),
-    backend("dense.py", "a column too many", "(cell[None] < end[:, None])", "(cell[None] <= end[:, None])"),
-    backend("dense.py", "bad images are gathered", "found = has_image(image_index, images) & (argmax >= 0)", "found = argmax >= 0"),
-    backend("segment_max.py", "no last row", "jnp.maximum(core_max[:bins], last_key)", "core_max[:bins]"),
-    backend("segment_max.py", "ties in the last row", "jnp.where(last_key == maximum, last, size)", "size"),
-    backend("indexing.py", "narrow sums", "sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32", "sum_dtype = cotangent.dtype"),
-    backend("indexing.py", "bad images get gradients", "image = jnp.where(found, image, images)", "image = jnp.clip(image, 0, images - 1)"),
-    backend("tpu/pool.py", "the last strip wins ties", "wins = earlier >= key", "wins = earlier > key", "tpu"),
-    backend("tpu/pool.py", "nothing is a zero", "is_nothing = to_bits(earlier, jnp.int32) == negative_zero", "is_nothing = to_bits(earlier, jnp.int32) == 1", "tpu"),
-    backend("tpu/pool.py", "a strip's rows are a map's", "(best[1] + strip.top) * width", "best[1] * width", "contract tpu"),
-    backend("tpu/schedule.py", "the last bin is all there is", "jnp.maximum(row_start[..., -1] + 1, row_end[..., -1])", "row_end[..., -1]", "contract tpu"),
-    backend("tpu/schedule.py", "packs that reach nowhere", "visits |= unit == first", "visits |= unit < 0", "contract tpu"),
-    backend("tpu/scatter.py", "a conversion", "lax.bitcast_convert_type(to_bits(values, jnp.int32) << 16, jnp.float32)", "values.astype(jnp.float32) * (jnp.abs(values) > 1e-38)", "contract tpu"),
-    native("channel_loops.cc", "the last NaN wins", " & (maximum == maximum);\n  }\n  template <class V>\n  static auto is_same", ";\n  }\n  template <class V>\n  static auto is_same"),
+    backend(
+        "portable.py",
+        "bad images pool empty",
+        "jnp.where(no_image, 0,",
+        "jnp.where(no_image, empty,",
+    ),
+    backend(
+        "blocks.py", "the last of equals", "jnp.minimum(before, cell", "jnp.maximum(before, cell"
+    ),
+    backend(
+        "blocks.py", "a block too few", "-(-cells // (stride * block))", "cells // (stride * block)"
+    ),
+    backend(
+        "blocks.py",
+        "windows reach out",
+        "row + j * stride, row_end - stride",
+        "row + j * stride, row_end - 1",
+    ),
+    backend(
+        "dense.py",
+        "a column too many",
+        "(cell[None] < end[:, None])",
+        "(cell[None] <= end[:, None])",
+    ),
+    backend(
+        "dense.py",
+        "bad images are gathered",
+        "found = has_image(image_index, images) & (argmax >= 0)",
+        "found = argmax >= 0",
+    ),
+    backend(
+        "segment_max.py", "no last row", "jnp.maximum(core_max[:bins], last_key)", "core_max[:bins]"
+    ),
+    backend(
+        "segment_max.py",
+        "ties in the last row",
+        "jnp.where(last_key == maximum, last, size)",
+        "size",
+    ),
+    backend(
+        "indexing.py",
+        "narrow sums",
+        "sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32",
+        "sum_dtype = cotangent.dtype",
+    ),
+    backend(
+        "indexing.py",
+        "bad images get gradients",
+        "image = jnp.where(found, image, images)",
+        "image = jnp.clip(image, 0, images - 1)",
+    ),
+    backend(
+        "tpu/pool.py",
+        "the last strip wins ties",
+        "wins = earlier >= key",
+        "wins = earlier > key",
+        "tpu",
+    ),
+    backend(
+        "tpu/pool.py",
+        "nothing is a zero",
+        "is_nothing = to_bits(earlier, jnp.int32) == negative_zero",
+        "is_nothing = to_bits(earlier, jnp.int32) == 1",
+        "tpu",
+    ),
+    backend(
+        "tpu/pool.py",
+        "a strip's rows are a map's",
+        "(best[1] + strip.top) * width",
+        "best[1] * width",
+        "contract tpu",
+    ),
+    backend(
+        "tpu/schedule.py",
+        "the last bin is all there is",
+        "jnp.maximum(row_start[..., -1] + 1, row_end[..., -1])",
+        "row_end[..., -1]",
+        "contract tpu",
+    ),
+    backend(
+        "tpu/schedule.py",
+        "packs that reach nowhere",
+        "visits |= unit == first",
+        "visits |= unit < 0",
+        "contract tpu",
+    ),
+    backend(
+        "tpu/scatter.py",
+        "a conversion",
+        "lax.bitcast_convert_type(to_bits(values, jnp.int32) << 16, jnp.float32)",
+        "values.astype(jnp.float32) * (jnp.abs(values) > 1e-38)",
+        "contract tpu",
+    ),
+    native(
+        "channel_loops.cc",
+        "the last NaN wins",
+        " & (maximum == maximum);\n  }\n  template <class V>\n  static auto is_same",
+        ";\n  }\n  template <class V>\n  static auto is_same",
+    ),
     native("channel_loops.cc", "the last of equals", "(index < best)", "(index > best)"),
     native("channel_loops.cc", "an odd cell's NaN", "i % 2 == 1 || i + 1 == count", "i % 2 == 1"),
-    native("channel_loops.cc", "unsigned is signed", "? std::numeric_limits<L>::min() : L(0)", "? L(0) : L(0)"),
-    native("channel_loops.cc", "float16 upside down", "bits > 0x7FFF ? -magnitude", "bits > 0x7FFF ? magnitude"),
-    native("channel_loops.cc", "a vector too few", "channel + W::kLanes <= channels; channel += W::kLanes) {\n    Lanes maximum", "channel + W::kLanes < channels; channel += W::kLanes) {\n    Lanes maximum"),
+    native(
+        "channel_loops.cc",
+        "unsigned is signed",
+        "? std::numeric_limits<L>::min() : L(0)",
+        "? L(0) : L(0)",
+    ),
+    native(
+        "channel_loops.cc",
+        "float16 upside down",
+        "bits > 0x7FFF ? -magnitude",
+        "bits > 0x7FFF ? magnitude",
+    ),
+    native(
+        "channel_loops.cc",
+        "a vector too few",
+        "channel + W::kLanes <= channels; channel += W::kLanes) {\n    Lanes maximum",
+        "channel + W::kLanes < channels; channel += W::kLanes) {\n    Lanes maximum",
+    ),
     native("channel_loops.cc", "reads past the map", "0 <= cell && cell < cells;", "true;"),
     native("pooling.cc", "begins again", "resume_ = true;", "resume_ = false;"),
-    native("pooling.cc", "cell 0 for none", "std::memset(bin_argmax, 0xFF", "std::memset(bin_argmax, 0"),
-    native("pooling.cc", "bad images pool empty", "if (has_image && empty_is_lowest)", "if (empty_is_lowest)"),
+    native(
+        "pooling.cc", "cell 0 for none", "std::memset(bin_argmax, 0xFF", "std::memset(bin_argmax, 0"
+    ),
+    native(
+        "pooling.cc",
+        "bad images pool empty",
+        "if (has_image && empty_is_lowest)",
+        "if (empty_is_lowest)",
+    ),
     native("pooling.cc", "groups share images", "!= image % map.num_images", "!= image"),
-    native("pooling.cc", "tiles reach out", "{(rows.start + 1) / 2, rows.end / 2}", "{rows.start / 2, rows.end / 2}"),
+    native(
+        "pooling.cc",
+        "tiles reach out",
+        "{(rows.start + 1) / 2, rows.end / 2}",
+        "{rows.start / 2, rows.end / 2}",
+    ),
     native("pyramid.cc", "tiles of one column", "2 * col + i % 2", "2 * col + i / 2"),
-    native("pyramid.cc", "no row at the end", "std::min((band + 1) * rows, to.height)", "std::min((band + 1) * rows, to.height - 1)"),
-    native("shapes.h", "an image too many", "index < map_.num_images ?", "index <= map_.num_images ?"),
-    native("handlers.cc", "any argmax", "map.cells() - 1 <= std::numeric_limits<int16_t>::max()", "map.cells() - 1 <= std::numeric_limits<int32_t>::max()", "cpu contract"),
-)  # fmt: skip
+    native(
+        "pyramid.cc",
+        "no row at the end",
+        "std::min((band + 1) * rows, to.height)",
+        "std::min((band + 1) * rows, to.height - 1)",
+    ),
+    native(
+        "shapes.h", "an image too many", "index < map_.num_images ?", "index <= map_.num_images ?"
+    ),
+    native(
+        "handlers.cc",
+        "any argmax",
+        "map.cells() - 1 <= std::numeric_limits<int16_t>::max()",
+        "map.cells() - 1 <= std::numeric_limits<int32_t>::max()",
+        "cpu contract",
+    ),
+)
 
 
 class Workplace:
@@ -246,7 +377,6 @@ class Workplace:
         (self.folder / "sitecustomize.py").write_text(
             "import sys\n"
             "sys.meta_path[:] = [x for x in sys.meta_path if 'editable' not in type(x).__module__]\n"
-            "sys.meta_path[:] = [x for x in sys.meta_path if 'Editable' not in type(x).__name__]\n"
         )
         source = self.folder / NATIVE
         options = f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"
