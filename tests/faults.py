@@ -88,7 +88,6 @@ FAULTS = (
     rois("masks do nothing", "real &= roi_mask", "real &= roi_mask | True"),
     rois("only x1 and y1 must be finite", "for i in range(4)]", "for i in range(2)]"),
     rois("any scale will do", " & jnp.isfinite(spatial_scale)", ""),
-    rois("an image too many", "(index < images)", "(index <= images)", "bad_values compositions"),
     rois("half an image", "(index == jnp.floor(index))", "(index == index)"),
     rois("cells past int32", "CELL_LIMIT = 2.0**29", "CELL_LIMIT = 2.0**31", "bins oracle"),
     rois("the index is a coordinate", "rois[..., -4:]", "rois[..., :4]", "oracle parity"),

@@ -134,6 +134,15 @@ def test_rois_of_any_real_dtype_with_64_bit_types_on(dtype, x64):
     check_rois(dtype)
 
 
+@pytest.mark.parametrize(
+    "dtype", (jnp.int8, jnp.uint8, jnp.int16, jnp.uint16, jnp.float16, jnp.bfloat16), ids=name
+)
+def test_a_narrow_image_index_among_more_images_than_it_can_count(dtype):
+    features = jnp.arange(70_000.0).reshape(70_000, 1, 1, 1)
+    rois = jnp.asarray([[127, 0, 0, 1, 1], [3, 0, 0, 1, 1]], dtype)
+    assert pool((1, 1))(features, rois)[0].ravel().tolist() == [127, 3]
+
+
 def test_int64_image_index_does_not_wrap(x64):
     features = jnp.ones((2, 3, 3, 1), jnp.float32)
     rois = jnp.asarray([[2**32, 0, 0, 3, 3], [-(2**32), 0, 0, 3, 3], [1, 0, 0, 3, 3]], jnp.int64)
