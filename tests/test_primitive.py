@@ -175,3 +175,15 @@ def test_a_kernel_that_cannot_be_used_is_named_once(caplog):
         lowered("cuda", "kernel")
     with pytest.raises(ValueError, match="'kernel' is not to be had on rocm: no kernel was"):
         lowered("rocm", "kernel")
+
+
+@pytest.mark.parametrize("specs", ((P(), P("x")), (P("x"), P()), (P("x"), P("x"))), ids=str)
+def test_operands_may_vary_over_other_mesh_axes_than_each_other(specs):
+    images, packed = np.ones((1, 3, 2), np.float32), np.ones((1, 4, 2), np.int32)
+    mapped = jax.shard_map(
+        lambda *operands: toy.apply_scale(*operands)[0],
+        mesh=jax.make_mesh((1,), ("x",)),
+        in_specs=specs,
+        out_specs=P("x"),
+    )
+    np.testing.assert_array_equal(jax.jit(mapped)(images, packed), np.ones((1, 4, 2)))
