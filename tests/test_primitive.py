@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import toy
 from harness import assert_same
 from jax_roipool import _backends
+from jax_roipool._manual_axes import _varying
 
 G, N, K, C, E, SIZE = 2, 3, 4, 5, 2, 3
 
@@ -180,9 +181,15 @@ def test_a_kernel_that_cannot_be_used_is_named_once(caplog):
 @pytest.mark.parametrize("specs", ((P(), P("x")), (P("x"), P()), (P("x"), P("x"))), ids=str)
 def test_operands_may_vary_over_other_mesh_axes_than_each_other(specs):
     images, packed = np.ones((1, 3, 2), np.float32), np.ones((1, 4, 2), np.int32)
+
+    def scale(*operands):
+        result, _ = toy.apply_scale(*operands)
+        assert _varying(result) == {"x"}
+        return result
+
     mapped = jax.shard_map(
-        lambda *operands: toy.apply_scale(*operands)[0],
-        mesh=jax.make_mesh((1,), ("x",)),
+        scale,
+        mesh=jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,)),
         in_specs=specs,
         out_specs=P("x"),
     )
