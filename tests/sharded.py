@@ -279,7 +279,17 @@ def others():
     def hessian_vector_product(x, rois):
         return jax.jvp(lambda x: jax.grad(squared)(x, rois), (x,), (x,))[1]
 
+    kinds = (AxisType.Auto, AxisType.Explicit)
+    both_kinds = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds)
+    split = [
+        jax.device_put(x, NamedSharding(both_kinds, spec))
+        for x, spec in ((FEATURES, P("x", None, None, "y")), (ROIS, P("x")))
+    ]
+    on_both_kinds = Program("cpu", pooled, *split)
+
     claims = {
+        "a mesh of both kinds of axes": same(on_both_kinds.program(*split), wanted)
+        and on_both_kinds.count(*COLLECTIVES) == 0,
         "pmap": same(of_pairs(pooled), wanted),
         "pmap, gradient": same(of_pairs(jax.grad(squared)), wanted_gradient),
         "a donated argument": donated.is_deleted(),

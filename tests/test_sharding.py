@@ -181,6 +181,7 @@ def test_the_persistent_cache(how, tmp_path):
 @pytest.mark.parametrize(
     "claim",
     (
+        "a mesh of both kinds of axes",
         "pmap",
         "pmap, gradient",
         "shard_map over one axis of two",
