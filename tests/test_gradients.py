@@ -73,6 +73,15 @@ def test_roi_smaller_than_its_bins_repeats_its_cells():
     assert grad.tolist() == [[0, 9], [0, 0]]
 
 
+@pytest.mark.parametrize("cells", (2**15, 2**15 + 1))
+def test_the_last_cell_that_int16_has_an_index_for_and_the_next(cells):
+    features = jnp.zeros((1, cells, 1)).at[0, -1].set(1)
+    rois = jnp.asarray([[0, 0, cells, 1]], jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: jax_roipool.roi_pool(x, rois, 1).sum()))(features)
+    assert gradient[0, -1, 0] == 1
+    assert gradient.sum() == 1
+
+
 def test_channels_and_images_do_not_mix():
     features = distinct_features((3, 5, 6, 4))
     rois = jnp.asarray([[1, 0, 0, 6, 5]], jnp.float32)
