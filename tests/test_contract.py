@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+import at_once
 import rectangle_oracle
 from harness import assert_same
 from jax_roipool._backends import rectangle_max as family
@@ -517,6 +518,19 @@ def test_kinds_of_rectangles(implementation, program, kind):
             rectangles(program.shape, seed, columns=kind),
         ):
             assert_pools(implementation, program, features, edges)
+
+
+@pytest.mark.parametrize("argmax", (np.int16, None), ids=("argmax", "none"))
+def test_windows_of_cells(argmax):
+    """Bins that have room for windows, and end before the map does."""
+    program = Program(MIDDLE, np.float32, argmax, INF)
+    for seed, kind in enumerate(AXES):
+        features = of_every_kind(program, seed)
+        for edges in (
+            rectangles(program.shape, seed, rows=kind),
+            rectangles(program.shape, seed, columns=kind),
+        ):
+            assert_pools(at_once.NAME, program, features, edges)
 
 
 @st.composite

@@ -13,7 +13,12 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import jax_roipool
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -35,8 +40,6 @@ def blocks(page):
 
 def given(page):
     """The arrays that some pages speak of without making them."""
-    import jax.numpy as jnp
-
     if page not in ("sharding.md", "tpu.md"):
         return {}
     return {
@@ -62,6 +65,15 @@ def run(page):
     return names
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_compiled_quickly():
+    """They run once, on little: compilation is nearly all that they take."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def names_of():
     """`run`, once for each page."""
@@ -82,10 +94,11 @@ def test_python_runs(page, names_of, request):
     if page not in DEVICES:
         names_of(page)
         return
-    flags = f"--xla_force_host_platform_device_count={DEVICES[page]}"
+    devices = f"--xla_force_host_platform_device_count={DEVICES[page]}"
     process = subprocess.run(
         [sys.executable, "-W", "error", __file__, page],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -113,8 +126,6 @@ def test_data_parallel_pooling(page, names_of):
 
 
 def test_torchvision_page_gives_torchvisions_answer(names_of):
-    import numpy as np
-
     names = names_of("torchvision.md")
     with np.load(ROOT / "tests/fixtures/torchvision-typical-7x7-s0.0625.npz") as recorded:
         rois, features = recorded["rois"], recorded["x"]  # [R, 5], [N, H, W, C]
@@ -130,8 +141,6 @@ def test_torchvision_page_gives_torchvisions_answer(names_of):
 
 
 def test_reference_has_every_public_name():
-    import jax_roipool
-
     directives = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
     modules = {"linen": "linen.RoIPool", "nnx": "nnx.RoIPool", "RoIPool": "linen.RoIPool"}
     public = {f"jax_roipool.{modules.get(name, name)}" for name in jax_roipool.__all__}
