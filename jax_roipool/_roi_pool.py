@@ -123,9 +123,9 @@ def roi_pool_with_argmax(
     Arguments and errors are those of `jax_roipool.roi_pool`.
 
     Returns:
-      The pooled features, and their argmax, int32 of the same shape: `row * W + column` in the RoI's
-      own image, of the first maximum in row-major order (of the first NaN if there is one), or -1
-      where a bin has no cell or a RoI pools nothing.
+      The pooled features, and their argmax, int32 of the same shape: `row * W + column` in the
+      RoI's own image, of the first maximum in row-major order (of the first NaN if there is one),
+      or -1 where a bin has no cell or a RoI pools nothing.
 
     >>> import jax.numpy as jnp
     >>> from jax_roipool import roi_pool_with_argmax
