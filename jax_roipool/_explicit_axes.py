@@ -21,17 +21,15 @@ def in_explicit_mode(
     """
     spec = _checked_spec(features_spec, features)
     mesh = _mesh_of(features, rois)
-    unknown = set(_names(spec)) - set(mesh.axis_names)
+    unknown = {*jax.tree.leaves(tuple(spec))} - {*mesh.axis_names}
     if unknown:
-        there_are = (
-            f"that of the arrays has {mesh.axis_names}"
-            if mesh.axis_names
-            else ("the arrays are on none: shard them, or call under jax.set_mesh")
-        )
+        there_are = f"that of the arrays has {mesh.axis_names}"
+        if mesh.empty:
+            there_are = "the arrays are on none: shard them, or call under jax.set_mesh"
         raise ValueError(
             f"features_spec must name axes of a mesh, got {features_spec}; {there_are}"
         )
-    batch = spec[0] if len(features.shape) == 4 else None
+    batch = spec[0] if features.ndim == 4 else None
     by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
     automatic = tuple(name for name, kind in by_name if kind == AxisType.Auto)
     if not automatic:
@@ -63,7 +61,3 @@ def _mesh_of(*arrays: jax.Array) -> AbstractMesh:
     """The mesh that the arrays are on, or else the one that is set."""
     meshes = (jax.typeof(x).sharding.mesh for x in arrays)
     return next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())
-
-
-def _names(spec: PartitionSpec) -> list[str]:
-    return jax.tree.leaves(tuple(spec))
