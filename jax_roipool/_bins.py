@@ -147,7 +147,7 @@ def packed_edges(
 def _lanes(output_size: tuple[int, int], map_size: tuple[int, int]) -> _Lanes:
     (P, Q), (H, W) = output_size, map_size
     counts = np.array([1, P, P, Q, Q])
-    where = jnp.where if is_symbolic_dim(H) or is_symbolic_dim(W) else np.where
+    where = jnp.where if any(map(is_symbolic_dim, map_size)) else np.where
 
     def of_each_part(*values):
         return np.repeat(np.array(values), counts)[None, None]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -133,9 +134,7 @@ def check_output_size(output_size: int | tuple[int, int]) -> tuple[int, int]:
     """`(P, Q)`, the bins along the rows and along the columns."""
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     expected = f"output_size must be an int or a pair (P, Q) of ints from 1 to {MAX_BINS}"
-    if isinstance(output_size, jax.core.Tracer) or any(
-        isinstance(size, jax.core.Tracer) for size in sizes
-    ):
+    if isinstance(output_size, Tracer) or any(isinstance(size, Tracer) for size in sizes):
         raise TypeError(
             f"{expected} that is known when a program is traced, as shapes depend on it, got "
             f"{output_size}; name it in jax.jit(..., static_argnames='output_size'), which wants "
@@ -205,7 +204,7 @@ def _widen(index: jax.Array) -> jax.Array:
     return index.astype(jnp.float32 if jnp.issubdtype(index.dtype, jnp.floating) else jnp.int32)
 
 
-def _to_float32(number: float | np.number) -> np.float32:
+def _to_float32(number: numbers.Real) -> np.float32:
     try:
         with np.errstate(over="ignore"):
             return np.float32(float(number))
