@@ -356,7 +356,7 @@ FAULTS = (
         "any argmax",
         "map.cells() - 1 <= std::numeric_limits<int16_t>::max()",
         "map.cells() - 1 <= std::numeric_limits<int32_t>::max()",
-        "cpu contract",
+        "cpu",
     ),
 )
 

@@ -142,6 +142,24 @@ def test_a_wrong_shape_is_an_error_that_names_it(wrong):
         jax.block_until_ready(target(*operands, empty_is_lowest=False))
 
 
+def test_an_argmax_that_has_no_room_for_every_cell_is_an_error_that_says_so():
+    def gather(cells):
+        operands = (
+            jnp.zeros((1, 1, 1, cells, 1)),
+            jnp.zeros((1, 1, 1, 1, 1), jnp.int16),
+            jnp.zeros((1, 1, 5), jnp.int32),
+        )
+        target = jax.ffi.ffi_call(
+            "jax_roipool_cpu_gather_v2", jax.ShapeDtypeStruct((1, 1, 1, 1, 1), jnp.float32)
+        )
+        return jax.block_until_ready(target(*operands))
+
+    jax_roipool.register_custom_calls()
+    assert gather(2**15).shape == (1, 1, 1, 1, 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"argmax must be S32.*, got S16"):
+        gather(2**15 + 1)
+
+
 def run(program, **environment):
     """What a Python process prints, as JSON."""
     process = subprocess.run(
