@@ -11,14 +11,15 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from jax_roipool._partitioning import axes_of
 
-def in_explicit_mode(
-    function: Callable, features_spec: PartitionSpec, features: jax.Array, rois: jax.Array
-) -> Callable:
+
+def call_in_explicit_mode(function: Callable, features_spec: PartitionSpec, *arguments):
     """`function(features, rois, roi_mask, spatial_scale)` with features that are split that way.
 
     RoIs and masks are split as the batch is.
     """
+    features, rois, *_ = arguments
     spec = _checked_spec(features_spec, features)
     mesh = _mesh_of(features, rois)
     unknown = {*jax.tree.leaves(tuple(spec))} - {*mesh.axis_names}
@@ -29,19 +30,14 @@ def in_explicit_mode(
         raise ValueError(
             f"features_spec must name axes of a mesh, got {features_spec}; {there_are}"
         )
-    batch = spec[0] if features.ndim == 4 else None
-    by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    automatic = tuple(name for name, kind in by_name if kind == AxisType.Auto)
+    automatic = axes_of(AxisType.Auto, mesh)
     if not automatic:
-        return function
-
-    def call(*arguments):
-        specs = (spec, PartitionSpec(batch), PartitionSpec(batch), PartitionSpec())
-        with jax.sharding.use_abstract_mesh(mesh):
-            explicit = jax.sharding.explicit_axes(function, axes=automatic, in_sharding=specs)
-            return explicit(*arguments)
-
-    return call
+        return function(*arguments)
+    batch = spec[0] if features.ndim == 4 else None
+    specs = (spec, PartitionSpec(batch), PartitionSpec(batch), PartitionSpec())
+    with jax.sharding.use_abstract_mesh(mesh):
+        explicit = jax.sharding.explicit_axes(function, axes=automatic, in_sharding=specs)
+        return explicit(*arguments)
 
 
 def _checked_spec(spec: PartitionSpec, features: jax.Array) -> PartitionSpec:

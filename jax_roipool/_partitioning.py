@@ -204,17 +204,18 @@ def is_partitioned(context: mlir.LoweringRuleContext) -> bool:
 def explicit_mesh(types: Sequence) -> AbstractMesh | None:
     """The mesh of the arrays' types, if it has explicit axes."""
     meshes = (x.sharding.mesh for x in types)
-    return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+    return next((mesh for mesh in meshes if axes_of(AxisType.Explicit, mesh)), None)
 
 
 def is_explicit(mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether all axes of the mesh are, so that types say all there is to say."""
-    return mesh is not None and _explicit_axes(mesh) == tuple(mesh.axis_names)
+    return mesh is not None and axes_of(AxisType.Explicit, mesh) == tuple(mesh.axis_names)
 
 
-def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def axes_of(kind: AxisType, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The names of the mesh's axes of that kind."""
     by_name = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in by_name if kind == AxisType.Explicit)
+    return tuple(name for name, axis_type in by_name if axis_type == kind)
 
 
 def shard_map_of(
@@ -328,8 +329,8 @@ def in_auto_mode(function: Callable, result_types: Sequence, mesh: AbstractMesh)
 
     def call(*operands):
         with jax.sharding.use_abstract_mesh(mesh):
-            return jax.sharding.auto_axes(function, axes=_explicit_axes(mesh), out_sharding=specs)(
-                *operands
-            )
+            return jax.sharding.auto_axes(
+                function, axes=axes_of(AxisType.Explicit, mesh), out_sharding=specs
+            )(*operands)
 
     return call

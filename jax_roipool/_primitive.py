@@ -255,15 +255,19 @@ def _lower(
     family = declaration.family
     others = [p for p in context.module_context.platforms if p not in family.platforms]
     platforms = others if platform is None else [platform]
-    if partitioned and device_marker and _partitioning.takes_custom_partitioning(context):
-        # Now, as nothing is lowered for a device when XLA takes the program from its cache.
-        backend = family.select(implementation, platforms, partitioned=False)
+    is_asked = partitioned and device_marker and _partitioning.takes_custom_partitioning(context)
+    # Also where XLA will ask for each device's part: of a program that comes from a cache, it does
+    # not, and finds a kernel only if one was loaded.
+    backend = family.select(
+        implementation,
+        platforms,
+        partitioned=partitioned and not is_asked,
+        symbolic=_are_symbolic(types),
+    )
+    if is_asked:
         name = "_".join(map(str, (declaration.name, backend.name, *params.values())))
         function = _partitioning.custom_partitioning_of(axes, name, bind_parts, device_function)
     else:
-        backend = family.select(
-            implementation, platforms, partitioned=partitioned, symbolic=_are_symbolic(types)
-        )
         function = functools.partial(backend.functions[declaration.name], **params)
     if mesh is not None:
         function = _partitioning.in_auto_mode(function, result_types, mesh)

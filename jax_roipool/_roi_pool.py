@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jax_roipool._backends.rectangle_max import FAMILY
 from jax_roipool._bins import Convention, as_convention, packed_edges
-from jax_roipool._explicit_axes import in_explicit_mode
+from jax_roipool._explicit_axes import call_in_explicit_mode
 from jax_roipool._rectangle_max import rectangle_max
 from jax_roipool._rois import (
     canonical_features,
@@ -174,9 +174,10 @@ def _checked_roi_pool(
 )
 def _roi_pool(features, rois, roi_mask, spatial_scale, *, features_spec, **options):
     pool = functools.partial(_pool_canonical, **options)
-    if features_spec is not None:
-        pool = in_explicit_mode(pool, features_spec, features, rois)
-    return pool(features, rois, roi_mask, spatial_scale)
+    arguments = features, rois, roi_mask, spatial_scale
+    if features_spec is None:
+        return pool(*arguments)
+    return call_in_explicit_mode(pool, features_spec, *arguments)
 
 
 def _pool_canonical(

@@ -132,9 +132,9 @@ FAULTS = (
         "export",
     ),
     core(
-        "kernels wait for the device",
-        "backend = family.select(implementation, platforms, partitioned=False)",
-        "backend = family.named('blocks')",
+        "kernels where XLA splits the program",
+        "partitioned=partitioned and not is_asked",
+        "partitioned=False",
         "sharding",
     ),
     plan("sums mix RoIs", "if k != n and set(k) & set(n):", "if False:"),
