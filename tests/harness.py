@@ -44,6 +44,12 @@ def resolved(convention):
     return jax_roipool.CONVENTIONS[convention] if isinstance(convention, str) else convention
 
 
+def some_by_default(values, by_default):
+    """Parameters of a test: those few by default, and with `--full` all of them."""
+    full = pytest.mark.full
+    return [x if x in by_default else pytest.param(x, marks=full) for x in values]
+
+
 def skip_unless_it_can_be_used(implementation):
     """By its name; the reason says what is missing."""
     problem = problem_with(FAMILY.named(implementation), [jax.default_backend()])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import at_once
 import rectangle_oracle
-from harness import assert_same
+from harness import assert_same, some_by_default
 from jax_roipool._backends import rectangle_max as family
 
 
@@ -481,10 +481,13 @@ def of_every_kind(program, seed):
     return features
 
 
-def with_programs(programs, full=()):
-    """Those programs, and with `--full` the others."""
-    marked = [pytest.param(program, marks=pytest.mark.full) for program in full]
-    return pytest.mark.parametrize("program", (*programs, *marked), ids=str)
+def with_programs(programs):
+    return pytest.mark.parametrize("program", programs, ids=str)
+
+
+def with_the_small_program(programs):
+    """That one, and with `--full` all of them: for what the interpreter takes part in."""
+    return with_programs(some_by_default(programs, (SMALL_BFLOAT16, SMALL_FLOAT32)))
 
 
 def with_axes(function):
@@ -494,7 +497,7 @@ def with_axes(function):
 # The maxima.
 
 
-@with_programs(POOLING_IN_ALL[1:2], full=(POOLING_IN_ALL[0], POOLING_IN_ALL[2]))
+@with_the_small_program(POOLING_IN_ALL)
 def test_maxima_of_every_kind_at_once(every_implementation, program):
     for seed in range(2):
         features = of_every_kind(program, seed)
@@ -615,7 +618,7 @@ def in_no_order(shape, seed):
     return edges
 
 
-@with_programs(POOLING_IN_ALL[1:2], full=(POOLING_IN_ALL[0], POOLING_IN_ALL[2]))
+@with_the_small_program(POOLING_IN_ALL)
 def test_bad_images_whatever_the_edges(every_implementation, program):
     features = values("ties", program, 0)
     assert_pools(every_implementation, program, features, in_no_order(program.shape, 0))
@@ -660,7 +663,7 @@ def test_gather(implementation, program, kind):
         assert_gathers(implementation, program, features, argmax, edges)
 
 
-@with_programs(MOVING_IN_ALL[1:2], full=(MOVING_IN_ALL[0], MOVING_IN_ALL[2]))
+@with_the_small_program(MOVING_IN_ALL)
 def test_gather_and_scatter(every_implementation, program):
     edges = rectangles(program.shape, 0)
     argmax = cells_of_maxima(edges, program, 0)
@@ -679,7 +682,7 @@ def test_scatter(implementation, program, kind):
         assert_scatters(implementation, program, cotangent, argmax, edges)
 
 
-@with_programs(MOVING_IN_ALL[1:2], full=(MOVING_IN_ALL[0], MOVING_IN_ALL[2]))
+@with_the_small_program(MOVING_IN_ALL)
 def test_scatter_of_values_that_are_not_finite(every_implementation, program):
     """They stay where their argmax sends them, and those without one go nowhere."""
     for seed in range(2):
@@ -716,7 +719,7 @@ def test_bad_images_are_not_moved_from_or_to(implementation, program, position):
     assert (scatter(implementation, program, cotangent, argmax, edges) == 0).all()
 
 
-@with_programs(MOVING_IN_ALL[1:2], full=(MOVING_IN_ALL[0], MOVING_IN_ALL[2]))
+@with_the_small_program(MOVING_IN_ALL)
 def test_bad_images_are_not_moved_from_or_to_whatever_the_edges(every_implementation, program):
     """The argmax is a cell of the rectangle that the RoI has with a good image."""
     argmax = cells_of_maxima(rectangles(program.shape, 0), program, 0)

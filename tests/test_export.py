@@ -11,13 +11,21 @@ from jax import export
 
 import jax_roipool
 import oracle
-from harness import PRESETS, assert_same, distinct_features, random_rois, resolved
+from harness import (
+    PRESETS,
+    assert_same,
+    distinct_features,
+    random_rois,
+    resolved,
+    some_by_default,
+)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUT_SIZE = (2, 3)
 FEATURES = distinct_features((2, 6, 7, 2))
 ROIS = random_rois(5, 6, 7, images=2)
 MASK = jnp.asarray([True, True, False, True, True])
+ALLOWED = [export.DisabledSafetyCheck.custom_call(name) for name in jax_roipool.CUSTOM_CALLS]
 ARGUMENTS = (FEATURES, ROIS, jnp.float32(0.7), MASK)
 
 
@@ -124,16 +132,12 @@ def exported_with_symbols(shapes, function, platforms):
         jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), dtype)
         for shape, dtype in zip(shapes, (np.float32, np.float32, np.bool_), strict=True)
     ]
-    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in jax_roipool.CUSTOM_CALLS]
-    program = export.export(jax.jit(function), platforms=platforms, disabled_checks=allowed)
+    program = export.export(jax.jit(function), platforms=platforms, disabled_checks=ALLOWED)
     return round_trip(program(*arguments))
 
 
 @pytest.mark.parametrize("implementation", (None, "blocks"))
-@pytest.mark.parametrize(
-    "case",
-    [x if x in ("all", "flat") else pytest.param(x, marks=pytest.mark.full) for x in SYMBOLIC],
-)
+@pytest.mark.parametrize("case", some_by_default(SYMBOLIC, ("all", "flat")))
 def test_symbolic_shapes(case, implementation):
     features_shape, rois_shape = SYMBOLIC[case]
     mask_shape = rois_shape.rpartition(",")[0]
@@ -209,8 +213,7 @@ def test_native_artifact_needs_its_custom_calls_named(native):
 
 
 def test_native_artifact_runs_in_a_process_that_has_pooled_nothing(native, tmp_path):
-    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in jax_roipool.CUSTOM_CALLS]
-    program = export.export(jax.jit(jax.grad(loss)), platforms=PLATFORMS, disabled_checks=allowed)
+    program = export.export(jax.jit(jax.grad(loss)), platforms=PLATFORMS, disabled_checks=ALLOWED)
     (tmp_path / "program").write_bytes(program(FEATURES).serialize())
     np.save(tmp_path / "features.npy", FEATURES)
     code = f"""

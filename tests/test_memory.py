@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_roipool
-from harness import skip_unless_it_can_be_used
+from harness import skip_unless_it_can_be_used, some_by_default
 from jax_roipool._backends.rectangle_max import dense
 
 HEIGHT, WIDTH, CHANNELS = 40, 48, 32
@@ -19,14 +19,12 @@ FEW, MANY = 64, 1024
 BIN_BYTES = 8 * OUTPUT_SIZE**2 * CHANNELS
 PER_ROI = 16 * BIN_BYTES
 
-SLOW_TO_COMPILE = ("dense", "segment_max")
-
 # What the bounds are set against: one map per RoI would be thirty times over.
 assert PER_ROI * 7 < MAP_BYTES
 
 
 @pytest.fixture(
-    params=("cpu", "blocks", *(pytest.param(x, marks=pytest.mark.full) for x in SLOW_TO_COMPILE))
+    params=some_by_default(("cpu", "blocks", "dense", "segment_max"), ("cpu", "blocks"))
 )
 def pool(request, monkeypatch):
     implementation = request.param

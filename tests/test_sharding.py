@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from harness import some_by_default
+
 MODES = ("auto", "explicit")
 # What the features are sharded over, if at all, and so their gradient, and what is pooled.
 TYPES = {
@@ -61,9 +63,9 @@ def cases(results, mode):
     return results[mode]
 
 
-def test_all_equal_one_device_to_the_bit(cases):
+def test_all_equal_one_device_to_the_bit(cases, request):
     assert not [name for name, case in cases.items() if not case["same"]]
-    assert len(cases) > 30
+    assert len(cases) > (40 if request.config.getoption("--full") else 30)
 
 
 @pytest.mark.parametrize("layout", TYPES)
@@ -81,10 +83,7 @@ def test_every_device_uses_the_native_kernel(native, cases):
     assert not [name for name, case in cases.items() if not case["native"]]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(x, marks=pytest.mark.full) if x != "batch and rois" else x for x in TYPES],
-)
+@pytest.mark.parametrize("layout", some_by_default(TYPES, ("batch and rois",)))
 def test_shard_map_uses_the_native_kernel_and_moves_no_more(native, layout, cases):
     forward, gradient = cases[f"shard_map, {layout}"], cases[f"shard_map, {layout}, gradient"]
     assert forward["native"]
