@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from jax_roipool._backends.rectangle_max.cpu import CUSTOM_CALLS, register_custom_calls
+from jax_roipool._backends.rectangle_max import CUSTOM_CALLS
+from jax_roipool._backends.rectangle_max.cpu import register_custom_calls
 from jax_roipool._bins import CONVENTIONS, Convention
 from jax_roipool._roi_pool import roi_pool, roi_pool_with_argmax
 

@@ -13,13 +13,15 @@ import jax
 import pytest
 
 import at_once
+import emulated_cuda
 import harness
 import interpreted_tpu
 from harness import skip_unless_it_can_be_used
 
 # A new backend is put under the whole suite by adding its name here.
-COMPILED_HERE = ("cpu", "blocks", "dense", "segment_max")
-IMPLEMENTATIONS = (*COMPILED_HERE, at_once.NAME, interpreted_tpu.NAME)
+ON_GPUS = ("cuda",) if "cuda" in os.environ["JAX_PLATFORMS"] else ()
+COMPILED_HERE = ("cpu", *ON_GPUS, "blocks", "dense", "segment_max")
+IMPLEMENTATIONS = (*COMPILED_HERE, at_once.NAME, emulated_cuda.NAME, interpreted_tpu.NAME)
 
 
 def pytest_addoption(parser):
@@ -43,6 +45,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 at_once.install()
+emulated_cuda.install()
 interpreted_tpu.install()
 
 # The same examples on every run, and no deadline: the first example of a shape compiles.
@@ -53,9 +56,12 @@ hypothesis.settings.load_profile("repeatable")
 
 
 # Session scope: hypothesis refuses fixtures that do not outlive one example.
-@pytest.fixture(scope="session", params=COMPILED_HERE)
+@pytest.fixture(
+    scope="session",
+    params=(*COMPILED_HERE, pytest.param(emulated_cuda.NAME, marks=pytest.mark.full)),
+)
 def implementation(request):
-    """A backend that is compiled for the machine at hand."""
+    """A backend that is compiled for the machine at hand, or emulated."""
     skip_unless_it_can_be_used(request.param)
     return request.param
 
@@ -86,6 +92,7 @@ def _programs_of_one_file_at_a_time():
     harness.pool.cache_clear()
     harness.pool_and_grad.cache_clear()
     jax.clear_caches()
+    emulated_cuda.end_processes()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jax_roipool._backends import Backend, Family
-from jax_roipool._backends.rectangle_max import blocks, cpu, dense, segment_max, tpu
+from jax_roipool._backends.rectangle_max import blocks, cpu, cuda, dense, segment_max, tpu
 
 
 def _functions(module) -> dict[str, Callable]:
@@ -45,11 +45,16 @@ def _functions(module) -> dict[str, Callable]:
 FAMILY = Family(
     backends=(
         Backend("cpu", _functions(cpu), frozenset({"cpu"}), cpu.load, takes_symbolic_shapes=True),
+        Backend("cuda", _functions(cuda), frozenset({"cuda"}), cuda.unavailable_reason),
         Backend("tpu", _functions(tpu), frozenset({"tpu"})),
         Backend("blocks", _functions(blocks), takes_symbolic_shapes=True),
         Backend("dense", _functions(dense), is_partitionable=True),
         Backend("segment_max", _functions(segment_max), is_partitionable=True),
     ),
-    kernels={"cpu": ("cpu",), "tpu": ("tpu",)},
+    kernels={"cpu": ("cpu",), "cuda": ("cuda",), "tpu": ("tpu",)},
     portable={"tpu": ("dense", "blocks"), "*": ("blocks", "segment_max")},
+    untried=frozenset({"cuda"}),
 )
+
+CUSTOM_CALLS = (*cpu.CUSTOM_CALLS, cuda.CUSTOM_CALL)
+"""The names of the custom calls in programs for CPUs and CUDA: `jax.export` is to let them pass."""

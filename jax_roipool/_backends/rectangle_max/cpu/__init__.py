@@ -18,7 +18,7 @@ CUSTOM_CALLS = (
     "jax_roipool_cpu_gather_v2",
     "jax_roipool_cpu_scatter_v2",
 )
-"""The names of the custom calls in programs for the CPU, for `jax.export` to let them pass."""
+"""The names of the custom calls in programs for the CPU."""
 
 
 def register_custom_calls() -> None:

@@ -1,0 +1,22 @@
+// One kernel, SOURCE with its macros, to be called with an array of pointers.
+#include "cuda.h"
+
+#include <utility>
+
+#include SOURCE
+
+template <class... Pointers, size_t... kIndices>
+void call(void (*kernel)(Pointers...), void** arrays, std::index_sequence<kIndices...>) {
+  kernel(static_cast<Pointers>(arrays[kIndices])...);
+}
+template <class... Pointers>
+size_t count(void (*)(Pointers...)) {
+  return sizeof...(Pointers);
+}
+template <class... Pointers>
+void call(void (*kernel)(Pointers...), void** arrays) {
+  call(kernel, arrays, std::index_sequence_for<Pointers...>());
+}
+
+size_t num_arrays() { return count(KERNEL); }
+void run_thread(void** arrays) { call(KERNEL, arrays); }
