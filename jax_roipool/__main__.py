@@ -1,7 +1,8 @@
-"""`python -m jax_roipool`: what a bug report should start with."""
+"""`python -m jax_roipool`: what a bug report should start with, and with `check` a self-test."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
@@ -9,13 +10,31 @@ import sys
 import jax
 
 import jax_roipool
+from jax_roipool import _check
 from jax_roipool._backends import problem_with
 from jax_roipool._backends.rectangle_max import FAMILY, cpu
+from jax_roipool._backends.rectangle_max.cuda import nvrtc
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m jax_roipool")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("check",),
+        help="compare every implementation that runs here with NumPy, and time it; without it: "
+        "print what there is, and what is missing",
+    )
+    if parser.parse_args().command == "check":
+        return _check.main()
+    diagnose()
+    return 0
+
+
+def diagnose() -> None:
+    """Prints versions, devices, and what serves each platform."""
     print(f"jax_roipool {jax_roipool.__version__}, {jax_roipool.__file__}")
     for package in ("jax", "jaxlib", "flax", "numpy"):
         print(f"{package} {_version(package)}")
@@ -26,6 +45,8 @@ def main() -> None:
     problem = cpu.load()
     print(f"  not loaded: {problem}" if problem else f"  loaded, vectors: {cpu.vectors()}")
 
+    print(f"NVRTC, for CUDA kernels: {nvrtc.description()}")
+
     print("implementation=None, by the platform that a program is compiled for:")
     for platform_name in PLATFORMS:
         chosen, split = (
@@ -34,6 +55,11 @@ def main() -> None:
         )
         otherwise = f", {split!r} where XLA splits it over devices by itself"
         print(f"  {platform_name}: {chosen!r}{otherwise if split != chosen else ''}")
+        for name in FAMILY.kernels.get(platform_name, ()):
+            if name in FAMILY.untried:
+                print(
+                    f"    {name!r} only by name, until `python -m jax_roipool check` was run on one"
+                )
         for backend in FAMILY.backends:
             problem = problem_with(backend, [platform_name])
             if problem:
@@ -48,4 +74,4 @@ def _version(package: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ import jax_roipool
 from jax_roipool import _backends
 from jax_roipool._backends import Family
 from jax_roipool._backends.rectangle_max import FAMILY
+from jax_roipool._backends.rectangle_max.cuda import nvrtc
 
 FEATURES, ROIS = jnp.ones((4, 4, 1)), jnp.array([[0, 0, 4, 4]])
 # What gives an implementation away, forward.
@@ -194,3 +195,5 @@ def test_the_diagnosis_names_what_each_platform_uses():
     assert f"cpu: {FAMILY.select(None, ['cpu'], partitioned=False).name!r}" in said
     assert "tpu: 'tpu', 'dense' where XLA splits it over devices" in said
     assert "cuda: 'blocks'" in said
+    assert "'cuda' only by name" in said
+    assert f"NVRTC, for CUDA kernels: {nvrtc.description()}" in said
