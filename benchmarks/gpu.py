@@ -2,9 +2,12 @@
 
     pip install -e ".[benchmark]" && python benchmarks/gpu.py
 
-runs on JAX's default device, prints a table and writes `gpu.json` to the `--output` folder. Where
-there is no GPU, `--small --seconds 0.01` tries it out; its numbers say nothing of a GPU then.
-torchvision is compared on the same device if it is installed.
+runs on JAX's default device, in less than ten minutes: first `python -m jax_roipool check`, under
+`compute-sanitizer` as well if that is installed; then the benchmark. It prints tables and writes
+`gpu.json`, and `gpu.md` for docs/gpu.md, to the `--output` folder. Where there is no GPU, `--small
+--seconds 0.01` tries it out; its numbers say nothing of a GPU then. torchvision is compared on the
+same device if it is installed. The CUDA kernels are tried with other sizes of tiles, blocks and
+vectors as well; `--all` adds the portable implementations that are not the default.
 
 Every answer is first compared with the CPU's: pooled features to the bit, gradients to rounding. A
 candidate that differs is an error and is not timed. Then each has one turn a round, in random
@@ -26,12 +29,15 @@ import functools
 import importlib.metadata
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,16 +49,40 @@ from workloads import WORKLOADS, Inputs, Workload
 import jax_roipool
 from jax_roipool._backends import problem_with
 from jax_roipool._backends.rectangle_max import FAMILY, dense, segment_max
+from jax_roipool._backends.rectangle_max.cuda import plans
+from jax_roipool._check import platform_of_devices
 
 ROUNDS = 5
 COPY_BYTES, SMALL_COPY_BYTES = 1 << 30, 1 << 24
 # Largest error of a gradient, as a share of the largest: rounding of sums, and of what they give.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
-# Backends with a constant CHUNK_BYTES, how much they may take at once, and values to try for it.
-SIZES = {
-    "segment_max": (segment_max, (1 << 28, 1 << 32)),
-    "dense": (dense, (1 << 30,)),
+
+
+class Variant(NamedTuple):
+    """Another value of a constant that a backend has."""
+
+    label: str
+    module: ModuleType
+    constant: str
+    value: Any
+
+
+VARIANTS = {
+    "cuda": (
+        Variant("tiles of 4 x 4", plans, "TILES", ((4, 4),)),
+        Variant("tiles of 4 x 8", plans, "TILES", ((4, 8),)),
+        Variant("tiles of 8 x 8", plans, "TILES", ((8, 8),)),
+        Variant("no levels", plans, "MAX_LEVELS", 0),
+        Variant("128 threads", plans, "THREADS", 128),
+        Variant("vectors of 8 bytes", plans, "VECTOR_BYTES", 8),
+    ),
+    "segment_max": (
+        Variant("256 MiB at once", segment_max, "CHUNK_BYTES", 1 << 28),
+        Variant("4096 MiB at once", segment_max, "CHUNK_BYTES", 1 << 32),
+    ),
+    "dense": (Variant("1024 MiB at once", dense, "CHUNK_BYTES", 1 << 30),),
 }
+BY_DEFAULT = ("cuda", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +97,21 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """One of this package's implementations, at its own size or at another one of `SIZES`."""
+    """One of this package's implementations, as it is or in one of its `VARIANTS`."""
 
     implementation: str | None
-    size: int | None = None
+    variant: Variant | None = None
 
     @property
     def name(self) -> str:
-        at = "" if self.size is None else f", {self.size >> 20} MiB at once"
-        return f"{self.implementation}{at}"
+        return f"{self.implementation}{f', {self.variant.label}' if self.variant else ''}"
 
     def prepare(self, inputs: Inputs, mode: str, device: jax.Device | None = None) -> Prepared:
         arguments = jax.device_put(inputs, device or jax.devices()[0])
         if mode == FORWARD:
             arguments = arguments[:2]
         pool = functools.partial(self._pool, inputs.cotangent.shape[1:3])
-        with self._sized():
+        with self._varied():
             compiled = jax.jit(pool).lower(*arguments).compile()
         return Prepared(
             run=lambda: compiled(*arguments),
@@ -107,18 +136,18 @@ class Ours:
         return pooled, *pullback(cotangent)
 
     @contextlib.contextmanager
-    def _sized(self) -> Iterator[None]:
-        if self.size is None:
+    def _varied(self) -> Iterator[None]:
+        if self.variant is None:
             yield
             return
-        module, _ = SIZES[self.implementation]
-        before = module.CHUNK_BYTES
-        module.CHUNK_BYTES = self.size
+        _, module, constant, value = self.variant
+        before = getattr(module, constant)
+        setattr(module, constant, value)
         jax.clear_caches()  # else it would not be traced again
         try:
             yield
         finally:
-            module.CHUNK_BYTES = before
+            setattr(module, constant, before)
             jax.clear_caches()
 
 
@@ -138,16 +167,19 @@ class TorchvisionHere(Torchvision):
         )
 
 
-def candidates() -> tuple[list, dict[str, str]]:
-    """All that run here, torchvision last, and why others do not."""
+def candidates(everything: bool) -> tuple[list, dict[str, str]]:
+    """What runs here, torchvision last, and why others do not."""
     found, missing = [], {}
+    platform = platform_of_devices()
     for backend in FAMILY.backends:
-        problem = problem_with(backend, [jax.default_backend()])
+        problem = problem_with(backend, [platform])
         if problem:
             missing[backend.name] = problem
-            continue
-        _, sizes = SIZES.get(backend.name, (None, ()))
-        found += [Ours(backend.name, size) for size in (None, *sizes)]
+        elif everything or backend.name in BY_DEFAULT:
+            variants = (None, *VARIANTS.get(backend.name, ()))
+            found += [Ours(backend.name, variant) for variant in variants]
+    if len(found) == 1:  # nothing else is the default here
+        return candidates(everything=True)
     try:
         found.append(TorchvisionHere())
     except Exception as error:  # a library that is installed can fail to load in any way
@@ -280,11 +312,15 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=TOLERANCES, default=list(TOLERANCES))
     parser.add_argument("--seconds", type=float, default=0.2, help="of a turn (default 0.2)")
     parser.add_argument("--small", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--all", action="store_true", help="every implementation")
+    parser.add_argument("--no-check", action="store_true", help="go on to the benchmark at once")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder")
     arguments = parser.parse_args()
 
+    if not arguments.no_check and not is_right_here():
+        return 1
     device = jax.devices()[0]
-    everyone, missing = candidates()
+    everyone, missing = candidates(arguments.all)
     copied = SMALL_COPY_BYTES if arguments.small else COPY_BYTES
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -307,8 +343,47 @@ def main() -> int:
                 results["cells"].append(cell)
                 print(*rows(cell, results["copy GB/s"]), sep="\n", flush=True)
                 (arguments.output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = arguments.output / "gpu.md"
+    table.write_text("\n".join(markdown(results)) + "\n")
     print("\nTimes as long as the fastest, geometric mean:", *summary(results["cells"]), sep="\n")
+    print(f"\n{table} has a table for docs/gpu.md.")
     return 1 if any(cell["errors"] for cell in results["cells"]) else 0
+
+
+def is_right_here() -> bool:
+    """Whether the package's own check passes, and `compute-sanitizer`, if any, says nothing.
+
+    In processes of their own: the sanitizer wants to start its process, and a kernel that goes
+    wrong takes its process's device along.
+    """
+    check = [sys.executable, "-m", "jax_roipool", "check"]
+    commands = [check]
+    if (sanitizer := shutil.which("compute-sanitizer")) and platform_of_devices() == "cuda":
+        kernels = [*check, "--implementation", "cuda"]
+        commands += [
+            [sanitizer, "--tool", tool, "--error-exitcode", "1", *kernels]
+            for tool in ("memcheck", "racecheck")
+        ]
+    for command in commands:
+        print("$", *command, flush=True)
+        if subprocess.run(command).returncode != 0:
+            print("That failed; what follows would say nothing. --no-check goes on all the same.")
+            return False
+    return True
+
+
+def markdown(results: dict[str, Any]) -> Iterator[str]:
+    """The table of the documentation: milliseconds, of the plain implementations."""
+    first = results["cells"][0]["ms"]
+    names = [name for name in first if "," not in name]
+    yield f"Measured on {results['device']}, {results['versions']}: milliseconds a call.\n"
+    yield f"| workload | dtype | mode | floor | {' | '.join(names)} |"
+    yield "|---" * (4 + len(names)) + "|"
+    for cell in results["cells"]:
+        floor = cell["MB"] / results["copy GB/s"]
+        times = [f"{cell['ms'][name]:.3g}" if name in cell["ms"] else "-" for name in names]
+        where = (cell["workload"], cell["dtype"], cell["mode"])
+        yield f"| {' | '.join((*where, f'{floor:.3g}', *times))} |"
 
 
 def _inputs(workload: Workload, dtype: str) -> Inputs:

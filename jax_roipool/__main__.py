@@ -27,8 +27,10 @@ def main() -> int:
         help="compare every implementation that runs here with NumPy, and time it; without it: "
         "print what there is, and what is missing",
     )
-    if parser.parse_args().command == "check":
-        return _check.main()
+    parser.add_argument("--implementation", help="check this one alone")
+    arguments = parser.parse_args()
+    if arguments.command == "check":
+        return _check.main(arguments.implementation)
     diagnose()
     return 0
 

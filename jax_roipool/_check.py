@@ -63,14 +63,16 @@ class Inputs(NamedTuple):
     cotangent: np.ndarray
 
 
-def main() -> int:
-    """Prints what it finds; 1 if an implementation fails or is wrong."""
+def main(implementation: str | None = None) -> int:
+    """Prints what it finds, of one implementation or of all; 1 if one fails or is wrong."""
     device, platform = jax.devices()[0], platform_of_devices()
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax_roipool", "jaxlib"))
     print(f"{', '.join(versions)}, {platform}: {device.device_kind}")
     wrong = False
     for backend in FAMILY.backends:
         if backend.platforms is not None and platform not in backend.platforms:
+            continue
+        if implementation not in (None, backend.name):
             continue
         missing = problem_with(backend, [platform])
         if missing is not None:
