@@ -3,6 +3,9 @@ import os
 # Before JAX starts: with libtpu installed it would look for a TPU, at length and aloud, and would
 # refuse to compile in several processes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "cuda" not in os.environ["JAX_PLATFORMS"]:
+    # Only its compiler is wanted: older plugins of JAX would miss CUDA's libraries.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -37,7 +40,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "full: runs with --full alone, as it takes long")
 
 
+# Begun with, so that no worker is left with one of them when the others have nothing to do.
+LONGEST = ("test_tpu_compiled.py", "test_examples.py", "test_tpu.py", "test_sharding.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not config.getoption("--full"):
         slow = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=slow)

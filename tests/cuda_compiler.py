@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -64,3 +66,15 @@ class Compiled(Program):
 
     def __init__(self, function, *arguments):
         super().__init__("cuda", function, *arguments)
+        if self.text is None:  # before JAX 0.9 the plugin has none
+            self.text = _dumped(function, *arguments)
+
+
+def _dumped(function, *arguments):
+    """The program's text as XLA itself writes it to a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        lowered.compile(compiler_options=options)
+        (path,) = Path(folder).glob("*after_optimizations.txt")
+        return path.read_text()

@@ -66,6 +66,10 @@ def native(file, name, code, fault, tests="contract cpu"):
     return Fault(f"C++, {file}: {name}", NATIVE + file, code, fault, tests)
 
 
+def cuda(file, name, code, fault, tests="cuda_kernels"):
+    return Fault(f"CUDA, {file}: {name}", FAMILY + "cuda/" + file, code, fault, tests)
+
+
 FAULTS = (
     bins("half to even", "lax.RoundingMethod.AWAY_FROM_ZERO", "lax.RoundingMethod.TO_NEAREST_EVEN"),
     bins("the end is never inclusive", "int(convention.inclusive_end)", "0"),
@@ -357,6 +361,157 @@ FAULTS = (
         "map.cells() - 1 <= std::numeric_limits<int16_t>::max()",
         "map.cells() - 1 <= std::numeric_limits<int32_t>::max()",
         "cpu",
+    ),
+    cuda(
+        "kernels/elements.cuh",
+        "rows outside",
+        "inside(lanes[1 + BIN_ROWS + p], HEIGHT)",
+        "lanes[1 + BIN_ROWS + p]",
+    ),
+    cuda(
+        "kernels/elements.cuh",
+        "bfloat16 is cut off",
+        "(bits + 0x7fff + (bits >> 16 & 1)) >> 16",
+        "bits >> 16",
+    ),
+    cuda(
+        "kernels/maxima.cuh",
+        "NaN is not larger",
+        "return !(value <= maximum) && !Element::is_nan(maximum);",
+        "return value > maximum;",
+    ),
+    cuda(
+        "kernels/maxima.cuh",
+        "NaNs are not equal",
+        "value == maximum || (Element::is_nan(value) && Element::is_nan(maximum))",
+        "value == maximum",
+    ),
+    cuda("kernels/maxima.cuh", "the last of equals", "at < cell[i]", "at > cell[i]"),
+    cuda("kernels/maxima.cuh", "all levels in one place", "tile += tiles_of(below);", ";"),
+    cuda("kernels/rectangle_max.cu", "rows run on", "if (--left_ == 0)", "if (--left_ < 0)"),
+    cuda(
+        "kernels/rectangle_max.cu",
+        "the first two tiles",
+        "while (walk.remaining > 0) take<2",
+        "if (walk.remaining > 0) take<2",
+    ),
+    cuda("kernels/rectangle_max.cu", "an image too many", "image >= IMAGES", "image > IMAGES"),
+    cuda(
+        "kernels/rectangle_max.cu", "all of one group", "Long(roi / ROIS) * IMAGES + image", "image"
+    ),
+    cuda(
+        "kernels/rectangle_max.cu",
+        "tiles that stick out",
+        "inner_top = (top + 1) / 2",
+        "inner_top = top / 2",
+    ),
+    cuda(
+        "kernels/rectangle_max.cu",
+        "a column is left out",
+        "side == 3 ? 2 * inner_right : left",
+        "side == 3 ? 2 * inner_right + 1 : left",
+    ),
+    cuda(
+        "kernels/tiles.cu",
+        "tiles before they are whole",
+        "level - 1) & 3) == 3;",
+        "level - 1) & 3) >= 2;",
+    ),
+    cuda("kernels/tiles.cu", "half a tile", "col >= WIDTH >> 1", "col >= (WIDTH + 1) >> 1"),
+    cuda(
+        "kernels/scatter_at_argmax.cu",
+        "sums of the block before",
+        "sums[i * kWarp + lane] = 0;",
+        ";",
+    ),
+    cuda(
+        "kernels/scatter_at_argmax.cu",
+        "a list too long",
+        "min(bins - done, kListed - listed)",
+        "bins - done",
+    ),
+    cuda(
+        "kernels/scatter_at_argmax.cu",
+        "an empty bin hides others",
+        "end_of(bins - 1) < tile)",
+        "end_of(bins - 1) <= tile)",
+        "contract",
+    ),
+    cuda(
+        "kernels/scatter_at_argmax.cu",
+        "cells beside the tile",
+        "y < TILE_ROWS && x < TILE_COLS",
+        "y < TILE_ROWS && x < WIDTH",
+    ),
+    cuda(
+        "kernels/scatter_at_argmax.cu",
+        "the list before it is there",
+        "__syncwarp();\n    for (int first",
+        "for (int first",
+    ),
+    cuda("kernels/scatter_at_argmax.cu", "bins of every image", "if (roi.image() == image) {", "{"),
+    cuda(
+        "plans.py",
+        "vectors over the end",
+        "math.gcd(channels, VECTOR_BYTES // dtype.itemsize, MAX_VECTOR)",
+        "min(VECTOR_BYTES // dtype.itemsize, MAX_VECTOR)",
+        "cuda_kernels",
+    ),
+    cuda(
+        "plans.py",
+        "32 bits for any map",
+        "wide_offset = problem.H",
+        "wide_offset = 0 * problem.H",
+        "cuda_kernels",
+    ),
+    cuda(
+        "plans.py",
+        "one name for all",
+        "repr((self.source, self.macros))",
+        "repr(self.source)",
+        "cuda_kernels cuda_lowering",
+    ),
+    cuda(
+        "plans.py",
+        "the last block is missing",
+        "math.ceil(problem.bins * vectors / items)",
+        "max(1, problem.bins * vectors // items)",
+        "cuda_kernels",
+    ),
+    cuda(
+        "plans.py",
+        "float64 is summed in float32",
+        '"double" if dtype.itemsize > 4',
+        '"double" if dtype.itemsize > 8',
+        "cuda_kernels",
+    ),
+    cuda(
+        "nvrtc.py",
+        "builtins are not loaded",
+        "for path in builtins:",
+        "for path in ():",
+        "cuda_lowering",
+    ),
+    cuda("nvrtc.py", "any version", "if version >= OLDEST:", "if version:", "cuda_lowering"),
+    choice(
+        "kernels that nothing has run",
+        "if name not in self.untried",
+        "if name",
+        "backends cuda_lowering",
+    ),
+    Fault(
+        "check: nothing is wrong",
+        PACKAGE + "_check.py",
+        "wrong |= bool(faults)",
+        "wrong |= False",
+        "check",
+    ),
+    Fault(
+        "check: NaN is never right",
+        PACKAGE + "_check.py",
+        "equal |= np.isnan(actual) & np.isnan(wanted)",
+        "pass",
+        "check",
     ),
 )
 

@@ -11,6 +11,7 @@ import pytest
 import jax_roipool
 from jax_roipool._backends import problem_with
 from jax_roipool._backends.rectangle_max import FAMILY
+from jax_roipool._check import platform_of_devices
 
 PRESETS = ("partition", "torchvision", "openvino", "chainer")
 EVERY_CONVENTION = tuple(
@@ -50,9 +51,14 @@ def some_by_default(values, by_default):
     return [x if x in by_default else pytest.param(x, marks=full) for x in values]
 
 
+@functools.cache
+def _platform():
+    return platform_of_devices()
+
+
 def skip_unless_it_can_be_used(implementation):
     """By its name; the reason says what is missing."""
-    problem = problem_with(FAMILY.named(implementation), [jax.default_backend()])
+    problem = problem_with(FAMILY.named(implementation), [_platform()])
     if problem is not None:
         pytest.skip(f"implementation {implementation!r}: {problem}")
 
