@@ -413,9 +413,9 @@ FAULTS = (
     ),
     cuda(
         "kernels/tiles.cu",
-        "tiles before they are whole",
+        "tiles without their last part",
         "level - 1) & 3) == 3;",
-        "level - 1) & 3) >= 2;",
+        "level - 1) & 3) == 2;",
     ),
     cuda("kernels/tiles.cu", "half a tile", "col >= WIDTH >> 1", "col >= (WIDTH + 1) >> 1"),
     cuda(
