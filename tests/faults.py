@@ -435,7 +435,6 @@ FAULTS = (
         "an empty bin hides others",
         "end_of(bins - 1) < tile)",
         "end_of(bins - 1) <= tile)",
-        "contract",
     ),
     cuda(
         "kernels/scatter_at_argmax.cu",

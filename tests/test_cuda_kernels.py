@@ -56,12 +56,12 @@ HALF_A_WARP = Problem(1, 1, 20, 11, 13, 35, 3, 2)
 CASES = (
     Case(ODD, np.float32, INT16, levels=3),
     Case(EVEN, np.float32, None, levels=4, empty=-np.inf),
+    Case(COLUMN, np.float64, INT32),
     Case(MANY_CHANNELS, np.float32, INT32, tile=(4, 8)),
     Case(MANY_BINS, jnp.bfloat16, INT16, levels=1, tile=(8, 8)),
     Case(HALF_A_WARP, np.float16, INT32, levels=2, empty=-np.inf),
     Case(ODD, np.uint8, INT16, levels=2),
     Case(ROW, np.float32, INT16, levels=1),
-    Case(COLUMN, np.float64, INT32),
     Case(COLUMN, np.int8, None, empty=-np.inf),
     Case(EVEN, np.float64, INT16, levels=2, tile=(4, 8)),
     Case(EVEN, np.int8, INT32, levels=4, empty=-np.inf),
@@ -204,6 +204,16 @@ def test_sums_are_in_the_order_of_rois_and_bins(case):
         sums = np.zeros(problem[:5], sum_dtype)
         np.add.at(sums, cells, cotangent[own].astype(sum_dtype))  # one after the other
         assert_same(scatter(case, cotangent, argmax, edges), sums.astype(case.dtype))
+
+
+def test_an_empty_bin_hides_no_other():
+    """The last bin has no cell and ends where a tile begins, the one before has a cell in it."""
+    problem = Problem(1, 1, 8, 8, 1, 1, 2, 1)
+    edges = np.array([[[0, 0, 4, 5, 4, 0, 8]]], np.int32)
+    argmax = np.array([4 * 8 + 3, -1], np.int16).reshape(1, 1, 2, 1, 1)
+    cotangent = np.array([3, 7], np.float32).reshape(argmax.shape)
+    gradient = scatter(Case(problem, np.float32, INT16), cotangent, argmax, edges)
+    assert gradient[0, 0, 4, 3, 0] == gradient.sum() == 3
 
 
 @with_float_cases
