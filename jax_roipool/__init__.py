@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jax_roipool._backends.rectangle_max.cpu import CUSTOM_CALLS, register_custom_calls
 from jax_roipool._bins import CONVENTIONS, Convention
+from jax_roipool._roi_align import roi_align
 from jax_roipool._roi_pool import roi_pool, roi_pool_with_argmax
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "linen",
     "nnx",
     "register_custom_calls",
+    "roi_align",
     "roi_pool",
     "roi_pool_with_argmax",
 ]
