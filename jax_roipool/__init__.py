@@ -1,4 +1,4 @@
-"""Region-of-interest (RoI) max pooling for JAX and Flax."""
+"""Region-of-interest (RoI) pooling for JAX and Flax: maxima and averages."""
 
 from __future__ import annotations
 
