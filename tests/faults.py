@@ -58,6 +58,14 @@ def choice(name, code, fault, tests="backends"):
     return Fault(f"choice: {name}", PACKAGE + "_backends/__init__.py", code, fault, tests)
 
 
+def levels(name, code, fault, tests="levels"):
+    return Fault(f"levels: {name}", PACKAGE + "_levels.py", code, fault, tests)
+
+
+def layers(name, code, fault, tests="modules"):
+    return Fault(f"layers: {name}", PACKAGE + "_layers.py", code, fault, tests)
+
+
 def backend(file, name, code, fault, tests="contract"):
     return Fault(f"{file}: {name}", FAMILY + file, code, fault, tests)
 
@@ -178,13 +186,64 @@ FAULTS = (
         'if False and implementation not in (None, "xla"',
         "errors",
     ),
-    Fault(
-        "layers: masks are left out",
-        PACKAGE + "_layers.py",
-        "roi_mask=roi_mask,",
-        "roi_mask=None,",
-        "modules",
+    layers(
+        "masks of maxima are left out",
+        "roi_mask=roi_mask,\n            convention",
+        "roi_mask=None,\n            convention",
     ),
+    layers(
+        "masks of averages are left out",
+        "roi_mask=roi_mask,\n            implementation",
+        "roi_mask=None,\n            implementation",
+    ),
+    layers(
+        "masks of pyramids are left out",
+        "levels=levels,\n            roi_mask=roi_mask,",
+        "levels=levels,",
+    ),
+    layers("always aligned", "aligned: bool = False", "aligned: bool = True"),
+    layers("one sample", "| None = 2", "| None = 1"),
+    layers(
+        "canonical values are left out",
+        "canonical_size=self.canonical_size,",
+        "",
+    ),
+    layers("lists have no hash", 'in ("spatial_scales", "sampling_ratio")', "in ()"),
+    layers(
+        "no images of averages",
+        "aligned=self.aligned,\n            image_index=image_index,\n            roi_mask",
+        "aligned=self.aligned,\n            roi_mask",
+    ),
+    levels("no 1e-6", "log2 + np.float32(1e-6)", "log2"),
+    levels(
+        "steps in float64",
+        "(size.astype(np.float64)).astype(np.float32)",
+        "(size.astype(np.float64))",
+    ),
+    levels("the step belongs below", "(area >= first_area)", "(area > first_area)"),
+    levels("negative areas", " & (area >= 0)", ""),
+    levels("any coordinate", "map(jnp.isfinite, corners)", "map(jnp.isfinite, corners[:3])"),
+    levels("the first level for all", "levels[1:])", "levels[:-1])"),
+    levels("a level without RoIs", "own = levels == i", "own = levels == min(i, 1)"),
+    levels("all RoIs on every level", "roi_mask=own)", "roi_mask=None)", "levels"),
+    levels("masks do nothing", "if roi_mask is not None:", "if False:"),
+    levels(
+        "a sum of levels",
+        "return jnp.where(own, of_level, pooled)",
+        "return of_level + pooled",
+    ),
+    levels(
+        "gradients of the first level only", "of_level + pooled if is_linear else pooled", "pooled"
+    ),
+    levels("integers have tangents", "if is_linear else pooled", "if True else pooled"),
+    levels("masks stay where they are", "if any(sharding.spec):", "if False:"),
+    levels(
+        "a scale of the operator's own",
+        'for name in ("spatial_scale", "roi_mask"):',
+        "for name in ():",
+    ),
+    levels("maps of any channels", "x.shape[:-3], x.shape[-1:])", "x.shape[:-3])"),
+    levels("any pyramid", "scales != [2.0**-k for k in levels]", "False"),
     Fault(
         "explicit axes: RoIs are whole",
         PACKAGE + "_explicit_axes.py",
