@@ -184,7 +184,9 @@ class ONNXRuntimeRoIAlign(ONNXRuntime):
 
 def roi_align(sampling_ratio: int | None) -> dict[str, tuple]:
     """Candidates for RoIAlign, this package's first, by name: ours, and the others."""
-    others = (OpenVINORoIAlign, ONNXRuntimeRoIAlign, TorchvisionRoIAlign)
+    others = (ONNXRuntimeRoIAlign, TorchvisionRoIAlign)
+    if sampling_ratio is not None:  # else OpenVINO has NaN for a RoI without area
+        others = (OpenVINORoIAlign, *others)
     return _named(JaxRoIAlign, others, sampling_ratio)
 
 
