@@ -123,8 +123,13 @@ def test_the_images_of_rois_can_be_an_array(modules, name):
     assert_same(flat.reshape(2, 5, 2, 2, 3), layer(FEATURES, ROIS, MASK))
 
 
-@pytest.mark.parametrize("modules", (linen, nnx), ids=("linen", "nnx"))
-@pytest.mark.parametrize("recording", named("multiscale"), ids=lambda name: name[:-4])
+@pytest.mark.parametrize(
+    ("modules", "recording"),
+    (
+        pytest.param(linen, *named("multiscale-n2"), id="linen, defaults"),
+        pytest.param(nnx, *named("multiscale-n-1"), id="nnx, adaptive", marks=pytest.mark.full),
+    ),
+)
 def test_multi_scale_roi_align_is_torchvisions(modules, recording):
     recorded = load(recording)
     size, level = recorded["canonical"].tolist()
