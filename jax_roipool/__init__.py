@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 from jax_roipool._backends.rectangle_max.cpu import CUSTOM_CALLS, register_custom_calls
 from jax_roipool._bins import CONVENTIONS, Convention
+from jax_roipool._crop_and_resize import crop_and_resize
 from jax_roipool._levels import assign_levels, pool_levels
+from jax_roipool._pr_roi_pool import pr_roi_pool
+from jax_roipool._ps_roi import ps_roi_align, ps_roi_pool
 from jax_roipool._roi_align import roi_align
+from jax_roipool._roi_average_pool import roi_average_pool
 from jax_roipool._roi_pool import roi_pool, roi_pool_with_argmax
 
 if TYPE_CHECKING:
@@ -23,11 +27,16 @@ __all__ = [
     "RoIAlign",
     "RoIPool",
     "assign_levels",
+    "crop_and_resize",
     "linen",
     "nnx",
     "pool_levels",
+    "pr_roi_pool",
+    "ps_roi_align",
+    "ps_roi_pool",
     "register_custom_calls",
     "roi_align",
+    "roi_average_pool",
     "roi_pool",
     "roi_pool_with_argmax",
 ]

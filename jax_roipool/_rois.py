@@ -79,7 +79,7 @@ def check_arguments(
     return Arguments(
         features,
         rois,
-        _check_image_index(image_index, rois),
+        None if image_index is None else check_image_index(image_index, rois),
         check_mask(roi_mask, rois),
         _check_spatial_scale(spatial_scale),
     )
@@ -119,21 +119,22 @@ def _check_layout(features: jax.Array, rois: jax.Array, *, has_image_index: bool
         )
 
 
-def _check_image_index(image_index: ArrayLike | None, rois: jax.Array) -> jax.Array | None:
-    if image_index is None:
-        return None
+def check_image_index(
+    image_index: ArrayLike, rois: jax.Array, name: str = "image_index", rois_name: str = "rois"
+) -> jax.Array:
+    """An array of the index of each RoI's image; the names are for its errors."""
     if isinstance(image_index, np.ndarray) and image_index.dtype in (np.int64, np.uint64):
         # What JAX would wrap into an image's index names no image either way.
         image_index = np.clip(image_index, -1, np.iinfo(np.int32).max).astype(np.int32)
-    image_index = as_array("image_index", image_index)
+    image_index = as_array(name, image_index)
     if not jnp.issubdtype(image_index.dtype, jnp.integer):
         raise TypeError(
-            f"image_index must be of an integer dtype, got {describe(image_index)}; "
+            f"{name} must be of an integer dtype, got {describe(image_index)}; "
             "convert it by .astype(int)"
         )
     if image_index.shape != rois.shape[:-1]:
         raise ValueError(
-            f"image_index must have one entry a RoI, shape {list(rois.shape[:-1])} for rois "
+            f"{name} must have one entry a RoI, shape {list(rois.shape[:-1])} for {rois_name} "
             f"{describe(rois)}, got {describe(image_index)}"
         )
     return image_index
@@ -266,6 +267,7 @@ def _to_float32(number: numbers.Real) -> np.float32:
 
 
 def as_array(name: str, value: ArrayLike, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """The argument of that name as an array, or an error that names it."""
     try:
         return jnp.asarray(value, dtype)
     except OverflowError as error:
@@ -278,8 +280,10 @@ def as_array(name: str, value: ArrayLike, dtype: jax.typing.DTypeLike | None = N
 
 
 def is_real(dtype: np.dtype) -> bool:
+    """Whether it is one of floats or integers."""
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def describe(array: jax.Array) -> str:
+    """Its type, as errors say it."""
     return f"{array.dtype}[{', '.join(map(str, array.shape))}]"

@@ -170,15 +170,20 @@ def test_rois_masks_and_scales_have_no_gradient():
 
 
 def test_it_is_linear_in_the_features_in_every_mode():
-    pooled, dot = jax.jvp(lambda x: align(x, ROIS, SCALE), (FEATURES,), (2 * FEATURES,))
+    @jax.jit
+    def modes(features):
+        pooled, dot = jax.jvp(lambda x: align(x, ROIS, SCALE), (features,), (2 * features,))
+        _, linear = jax.linearize(lambda x: align(x, ROIS, SCALE), features)
+
+        def half_square(x):
+            return (align(x, ROIS, SCALE) ** 2).sum() / 2
+
+        curvature = jax.jvp(jax.grad(half_square), (features,), (features,))[1]
+        return pooled, dot, jax.vmap(linear)(jnp.stack([features, -features]))[1], curvature
+
+    pooled, dot, minus, curvature = modes(FEATURES)
     assert_same(dot, 2 * pooled)
-    _, linear = jax.linearize(lambda x: align(x, ROIS, SCALE), FEATURES)
-    assert_same(jax.vmap(linear)(jnp.stack([FEATURES, -FEATURES]))[1], -pooled)
-
-    def half_square(features):
-        return (align(features, ROIS, SCALE) ** 2).sum() / 2
-
-    curvature = jax.jvp(jax.grad(half_square), (FEATURES,), (FEATURES,))[1]
+    assert_same(minus, -pooled)
     gradient = align_and_grad()(FEATURES, ROIS, pooled, SCALE)[1]
     np.testing.assert_allclose(curvature, gradient, rtol=1e-5, atol=1e-5)
 

@@ -53,7 +53,8 @@ def test_samples_of_a_fixed_ratio(sampling_ratio, aligned, spatial_scale):
     cells, rows, columns = (np.asarray(x)[0] for x in taps)
     assert not cells[:, 0].any()
     (P, Q), (n, m) = BINS, sampling_ratio
-    first = cells[:, 1 : 1 + P * n].reshape(-1, P, n), cells[:, 1 + P * n :].reshape(-1, Q, m)
+    assert (cells[:, 1:3] == (2 * n, 2 * m)).all()
+    first = cells[:, 3 : 3 + P * n].reshape(-1, P, n), cells[:, 3 + P * n :].reshape(-1, Q, m)
     weights = rows.reshape(-1, P, n, 2), columns.reshape(-1, Q, m, 2)
     corners = in_cells(ROIS, spatial_scale)
     for axis, (start, stop) in enumerate(((1, 3), (0, 2))):
@@ -85,9 +86,11 @@ def test_samples_of_an_adaptive_ratio(aligned):
     )
     weights = oracle.roi_align_weights((*MAP, 1), rois, BINS, SCALE, None, aligned)
     for k in range(len(rois)):
-        found = dense(cells[k, 1 : 1 + BINS[0]], rows[k], MAP[0])
+        assert not rows[k, :, max(cells[k, 1], 0) :].any()
+        assert not columns[k, :, max(cells[k, 2], 0) :].any()
+        found = dense(cells[k, 3 : 3 + BINS[0]], rows[k], MAP[0])
         np.testing.assert_allclose(found, weights.rows[k], atol=5e-7)
-        found = dense(cells[k, 1 + BINS[0] :], columns[k], MAP[1])
+        found = dense(cells[k, 3 + BINS[0] :], columns[k], MAP[1])
         np.testing.assert_allclose(found, weights.columns[k], atol=5e-7)
 
 
@@ -95,4 +98,4 @@ def test_the_largest_rois_take_finitely_many_steps():
     cells, rows, columns = taps_function(None, True)(ROIS, np.float32(SCALE))
     assert np.isfinite(rows).all()
     assert np.isfinite(columns).all()
-    assert (cells >= 0).all()
+    assert (cells[..., 3:] >= 0).all()

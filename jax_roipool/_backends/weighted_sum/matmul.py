@@ -4,8 +4,9 @@ The columns come first, so that what is left of the maps is as small as it can b
 chunk at a time. All images of a group are multiplied with each RoI's weights, which are 0 but for
 its own: flat RoIs on N images cost N times as much as RoIs `[N, K, 4]` do.
 
-0 times NaN is NaN. So where features are not all finite, what is not is left out, and found again
-by two more sums. A cotangent that is not finite spreads over the gradient of its image.
+0 times NaN is NaN. So where features are not all finite, what is not is left out, and the bins that
+have a weight for it are found by a second sum. A cotangent that is not finite spreads over the
+gradient of its image, and a feature that is not over the derivatives by its image's weights.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_roipool._backends.chunks import to_chunks
+from jax_roipool._backends.weighted_sum.cells import unpack
 from jax_roipool._manual_axes import vary_with
 
 CHUNK_BYTES = 1 << 26
@@ -33,15 +35,12 @@ def weighted_sum(features, cells, rows, columns, *, run):
     is_finite = jnp.isfinite(features)
     sums = _sum(jnp.where(is_finite, features, 0), cells, rows, columns, run)
 
-    def with_others(sums):
-        touched = jnp.where(is_finite, 0, 1).astype(features.dtype)
-        touched = _sum(touched, cells, jnp.abs(rows), jnp.abs(columns), run)
-        sign = jnp.where(jnp.isinf(features), jnp.sign(features), 0)
-        sign = _sum(sign, cells, rows, columns, run)
-        other = jnp.where(sign == touched, jnp.inf, jnp.where(sign == -touched, -jnp.inf, jnp.nan))
-        return jnp.where(touched == 0, sums, other.astype(sums.dtype))
+    def mark_others(sums):
+        others = jnp.where(is_finite, 0, 1).astype(features.dtype)
+        touched = _sum(others, cells, jnp.abs(rows), jnp.abs(columns), run)
+        return jnp.where(touched > 0, jnp.nan, sums)
 
-    sums = lax.cond(is_finite.all(), lambda sums: sums, with_others, sums)
+    sums = lax.cond(is_finite.all(), lambda sums: sums, mark_others, sums)
     return [sums.astype(features.dtype)]
 
 
@@ -66,10 +65,55 @@ def weighted_scatter(pooled, cells, rows, columns, *, run, map_shape):
     return [lax.scan(add_chunk, sums, chunks)[0].astype(pooled.dtype)]
 
 
+def row_weights(features, pooled, cells, columns, *, run, taps):
+    """See `jax_roipool._backends.weighted_sum`."""
+    G, K, P, Q, C = pooled.shape
+    n, H, W = features.shape[1:4]
+    if 0 in features.shape or 0 in pooled.shape or 0 in columns.shape or 0 in taps:
+        return [jnp.zeros((G, K, P, *taps), jnp.float32)]
+    dtype = _sum_dtype(features)
+    features = features.astype(dtype)
+
+    def weigh(chunk):
+        pooled, cells, columns = chunk
+        rows = jnp.ones((*pooled.shape[:3], *taps), jnp.float32)
+        _, across, counts = _dense(cells, rows, columns, run, (n, H, W), dtype)
+        pooled = jnp.where(counts, pooled.astype(dtype), 0)
+        bands = _product("kgqnw,gnhwc->kghqc", across, features)
+        weights = _product("kgpqc,kghqc->kgph", pooled, bands)
+        first = unpack(cells, rows.shape, columns.shape, run).rows
+        return jnp.where(_is_at(first, run[0], H), weights[..., None, :], 0).sum(-1)
+
+    return [_of_chunks(weigh, (pooled, cells, columns), G * H * Q * C).astype(jnp.float32)]
+
+
+def column_weights(features, pooled, cells, rows, *, run, taps):
+    """See `jax_roipool._backends.weighted_sum`."""
+    G, K, _, Q, C = pooled.shape
+    n, H, W = features.shape[1:4]
+    if 0 in features.shape or 0 in pooled.shape or 0 in rows.shape or 0 in taps:
+        return [jnp.zeros((G, K, Q, *taps), jnp.float32)]
+    dtype = _sum_dtype(features)
+    features = features.astype(dtype)
+
+    def weigh(chunk):
+        pooled, cells, rows = chunk
+        columns = jnp.ones((*pooled.shape[:2], Q, *taps), jnp.float32)
+        down, _, counts = _dense(cells, rows, columns, run, (n, H, W), dtype)
+        pooled = jnp.where(counts, pooled.astype(dtype), 0)
+        bands = _product("kgph,kgpqc->kghqc", down, pooled)
+        weights = _product("kghqc,gnhwc->kgqnw", bands, features)
+        image, _, _, first = unpack(cells, rows.shape, columns.shape, run)
+        is_image = image[..., None] == lax.iota(jnp.int32, n)
+        weights = jnp.where(is_image[..., None, :, None], weights, 0).sum(-2)
+        return jnp.where(_is_at(first, run[1], W), weights[..., None, :], 0).sum(-1)
+
+    return [_of_chunks(weigh, (pooled, cells, rows), G * H * Q * C).astype(jnp.float32)]
+
+
 def _sum(features, cells, rows, columns, run):
     """`weighted_sum` of finite features, not yet rounded to their dtype."""
     G, *map_shape, C = features.shape
-    (K, P), Q, H = rows.shape[1:3], columns.shape[2], map_shape[1]
     dtype = _sum_dtype(features)
     features = features.astype(dtype)
 
@@ -79,9 +123,17 @@ def _sum(features, cells, rows, columns, run):
         bands = _product("kgqnw,gnhwc->kghqc", across, features)
         return jnp.where(counts, _product("kgph,kghqc->kgpqc", down, bands), 0)
 
-    sums = lax.map(pool_chunk, to_chunks((cells, rows, columns), _rois_at_a_time(G * H * Q * C)))
-    sums = jnp.swapaxes(sums, 0, 1).reshape(-1, G, P, Q, C)[:K]
-    return jnp.moveaxis(sums, 1, 0)
+    elements = G * map_shape[1] * columns.shape[2] * C
+    return _of_chunks(pool_chunk, (cells, rows, columns), elements)
+
+
+def _of_chunks(function, operands, elements_per_roi):
+    """`function` of operands `[RoIs, G, ...]`, over the RoIs of operands `[G, K, ...]`."""
+    K = operands[0].shape[1]
+    results = lax.map(function, to_chunks(operands, _rois_at_a_time(elements_per_roi)))
+    results = jnp.swapaxes(results, 0, 1)
+    results = results.reshape(results.shape[0] * results.shape[1], *results.shape[2:])
+    return jnp.moveaxis(results[:K], 1, 0)
 
 
 def _dense(cells, rows, columns, run, map_shape, dtype):
@@ -90,20 +142,22 @@ def _dense(cells, rows, columns, run, map_shape, dtype):
     And whether there is anything in a bin, `[..., P, Q, 1]`.
     """
     n, *map_size = map_shape
-    image, begin, axes = cells[..., 0], 1, []
-    for weights, length, size in zip((rows, columns), run, map_size, strict=True):
-        bins, taps = weights.shape[-2:]
-        end = begin + bins * (taps // length)
-        first = cells[..., begin:end].reshape(*image.shape, bins, -1, 1)
-        cell = jnp.clip(first + lax.iota(jnp.int32, length), 0, size - 1).reshape(weights.shape)
-        is_here = cell[..., None] == lax.iota(jnp.int32, size)
-        axes.append(jnp.where(is_here, weights[..., None], 0).sum(-2).astype(dtype))
-        begin = end
-    down, across = axes
+    image, _, *first = unpack(cells, rows.shape, columns.shape, run)
+    down, across = (
+        jnp.where(_is_at(first, length, size), weights[..., None], 0).sum(-2).astype(dtype)
+        for first, weights, length, size in zip(first, (rows, columns), run, map_size, strict=True)
+    )
     is_image = image[..., None] == lax.iota(jnp.int32, n)
     across = jnp.where(is_image[..., None, :, None], across[..., None, :], 0)
     counts = (down != 0).any(-1)[..., :, None] & (across != 0).any((-1, -2))[..., None, :]
     return down, across, counts[..., None]
+
+
+def _is_at(first, run, size):
+    """Whether taps are at each cell of an axis, `[..., bins, taps, cells]`."""
+    cell = jnp.clip(first[..., None] + lax.iota(jnp.int32, run), 0, size - 1)
+    cell = cell.reshape(*first.shape[:-1], first.shape[-1] * run, 1)
+    return cell == lax.iota(jnp.int32, size)
 
 
 def _sum_dtype(x: jax.Array):
