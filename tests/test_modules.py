@@ -163,7 +163,11 @@ def test_a_mask_reaches_every_level():
     both, first = layer(features, rois), layer(features, rois, np.array([[True, False]] * 2))
     assert_same(first[:, 0], both[:, 0])
     assert not first[:, 1].any()
-    assert np.abs(both[:, 1]).max() > 0
+    of_second = jax_roipool.roi_align(
+        features[1], rois, 2, spatial_scale=1 / 8, sampling_ratio=2, aligned=False
+    )
+    assert_same(both[:, 1], of_second[:, 1])
+    assert np.abs(of_second[:, 1]).max() > 0
 
 
 @pytest.mark.parametrize("name", ("RoIPool", "RoIAlign", "MultiScaleRoIAlign"))
