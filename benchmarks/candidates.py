@@ -5,6 +5,7 @@ A candidate has
 - `name`, `version`, and `about`: how it is called,
 - `modes`: which of FORWARD and GRADIENT it has,
 - `convention`: the one of this package that its answer equals; None for a floor, which has none,
+- `rounding`, of this package's: by what share of the largest others may differ from it,
 - `prepare(inputs, mode)`: a function of no arguments to time, with everything that its users do
   once already done,
 - `outputs(result)`: what that function returned, as NumPy arrays in this package's layout.
@@ -35,20 +36,24 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 Run = Callable[[], Any]
 
 
-def available() -> tuple[list, dict[str, str]]:
-    """The candidates that run here, this package's best first, and why others do not."""
+def roi_pool() -> dict[str, Callable]:
+    """Candidates for RoI max pooling, by name, this package's best first."""
     ours = {
         f"jax_roipool {name}": functools.partial(JaxRoIPool, name)
         for name in FAMILY.candidates(None, jax.default_backend())
     }
-    others = {c.name: c for c in (OpenVINO, ONNXRuntime, Torchvision, Fill, FillFresh)}
+    return ours | {c.name: c for c in (OpenVINO, ONNXRuntime, Torchvision, Fill, FillFresh)}
+
+
+def available(makers: dict[str, Callable]) -> tuple[list, dict[str, str]]:
+    """The candidates that run here, and why others do not."""
     found, missing = [], {}
-    for name, candidate in {**ours, **others}.items():
-        if name in others and jax.default_backend() != "cpu":
+    for name, make in makers.items():
+        if not name.startswith("jax_roipool") and jax.default_backend() != "cpu":
             missing[name] = f"compared on the CPU only, and JAX runs on {jax.default_backend()}"
             continue
         try:
-            found.append(candidate())
+            found.append(make())
         except ModuleNotFoundError as error:
             missing[name] = f"{error.name} is not installed"
         except Exception as error:  # a library that is installed can fail to load in any way
@@ -62,6 +67,7 @@ class JaxRoIPool:
     modes = MODES
     convention = "torchvision"
     version = jax_roipool.__version__
+    rounding = 0.0
 
     def __init__(self, implementation: str) -> None:
         self.implementation = implementation
@@ -114,11 +120,15 @@ class OpenVINO:
         self.openvino, self.opset = openvino, opset2
         self.version = openvino.__version__
 
-    def prepare(self, inputs: Inputs, mode: str) -> Run:
+    def make_model(self, inputs: Inputs):
+        """The model of the one operator, and what it is fed."""
         arrays = [to_nchw(inputs.features), inputs.rois]
         parameters = [self.opset.parameter(array.shape, np.float32) for array in arrays]
         node = self.opset.roi_pooling(*parameters, inputs.cotangent.shape[1:3], 1.0, "max")
-        model = self.openvino.Model([node], parameters)
+        return self.openvino.Model([node], parameters), arrays
+
+    def prepare(self, inputs: Inputs, mode: str) -> Run:
+        model, arrays = self.make_model(inputs)
         config = {
             "INFERENCE_NUM_THREADS": THREADS,
             "PERFORMANCE_HINT": "LATENCY",
@@ -147,20 +157,27 @@ class ONNXRuntime:
         self.onnx, self.onnxruntime = onnx, onnxruntime
         self.version = onnxruntime.__version__
 
-    def prepare(self, inputs: Inputs, mode: str) -> Run:
-        helper, float32 = self.onnx.helper, self.onnx.TensorProto.FLOAT
+    def make_node(self, inputs: Inputs):
+        """The operator, what it is fed, and an opset that has it."""
         feeds = {"features": to_nchw(inputs.features), "rois": inputs.rois}
-        node = helper.make_node(
+        node = self.onnx.helper.make_node(
             "MaxRoiPool", list(feeds), ["pooled"], pooled_shape=inputs.cotangent.shape[1:3]
         )
+        return node, feeds, 13
+
+    def prepare(self, inputs: Inputs, mode: str) -> Run:
+        helper = self.onnx.helper
+        node, feeds, opset = self.make_node(inputs)
+        dtypes = {k: helper.np_dtype_to_tensor_dtype(v.dtype) for k, v in feeds.items()}
         graph = helper.make_graph(
             [node],
             "roi_pooling",
-            [helper.make_tensor_value_info(k, float32, v.shape) for k, v in feeds.items()],
-            [helper.make_tensor_value_info("pooled", float32, None)],
+            [helper.make_tensor_value_info(k, dtypes[k], v.shape) for k, v in feeds.items()],
+            [helper.make_tensor_value_info("pooled", dtypes["features"], None)],
         )
         # An old opset and IR, which ONNX Runtime reads whatever the version of onnx.
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        imports = [helper.make_opsetid("", opset)]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=8)
         options = self.onnxruntime.SessionOptions()
         options.intra_op_num_threads = THREADS
         session = self.onnxruntime.InferenceSession(
@@ -186,7 +203,7 @@ class Torchvision:
         from torchvision.ops import roi_pool
 
         torch.set_num_threads(THREADS)
-        self.torch, self.roi_pool, self.device = torch, roi_pool, device
+        self.torch, self.pool, self.device = torch, roi_pool, device
         torch.zeros(1, device=device)  # raises if this torch has no such device
         self.version = __version__
 
@@ -199,10 +216,10 @@ class Torchvision:
 
         def forward():
             with self.torch.no_grad():
-                return (self.roi_pool(features, rois, output_size),)
+                return (self.pool(features, rois, output_size),)
 
         def forward_and_gradient():
-            pooled = self.roi_pool(features, rois, output_size)
+            pooled = self.pool(features, rois, output_size)
             return pooled, *self.torch.autograd.grad(pooled, features, cotangent)
 
         return forward if mode == FORWARD else forward_and_gradient

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from candidates import JaxRoIPool, Run
+from candidates import Run
 from workloads import Inputs
 
 REST_SECONDS = 0.01  # by then the threads of other libraries have stopped looking for work
@@ -26,7 +26,7 @@ class Budget(NamedTuple):
 
 
 def measure(
-    inputs: Inputs, mode: str, candidates: list, reference: JaxRoIPool, budget: Budget
+    inputs: Inputs, mode: str, candidates: list, reference: Any, budget: Budget
 ) -> dict[str, Any]:
     """Times the candidates that have the mode and agree with the reference.
 
@@ -42,7 +42,11 @@ def measure(
         try:
             run = candidate.prepare(inputs, mode)
             if candidate.convention:
-                check(candidate.outputs(run()), expected.outputs(candidate.convention))
+                check(
+                    candidate.outputs(run()),
+                    expected.outputs(candidate.convention),
+                    rounding=reference.rounding,
+                )
             runs[candidate.name] = run
         except Exception as error:  # whatever a library raises, the others can still be timed
             errors[candidate.name] = f"{type(error).__name__}: {error}"
@@ -61,7 +65,7 @@ def measure(
 class _Expected:
     """What the reference pools under each convention, computed when asked for."""
 
-    def __init__(self, reference: JaxRoIPool, inputs: Inputs, mode: str) -> None:
+    def __init__(self, reference: Any, inputs: Inputs, mode: str) -> None:
         self.reference, self.inputs, self.mode = reference, inputs, mode
         self.by_convention: dict[str, tuple[np.ndarray, ...]] = {}
 
@@ -73,17 +77,20 @@ class _Expected:
 
 
 def check(
-    actual: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...], tolerance: float = 1e-5
+    actual: tuple[np.ndarray, ...],
+    expected: tuple[np.ndarray, ...],
+    tolerance: float = 1e-5,
+    rounding: float = 0.0,
 ) -> None:
-    """Raises ValueError unless the maxima are equal and the gradients, which are sums, close.
+    """Raises ValueError unless the gradients, which are sums, are close, and what is pooled equal.
 
-    `tolerance` is a share of the largest gradient.
+    `tolerance` is a share of the largest gradient, `rounding` of the largest that is pooled.
     """
-    names = ("pooled", "gradient")[: len(expected)]
+    names = ("pooled", *["gradient"] * (len(expected) - 1))
     for name, a, b in zip(names, actual, expected, strict=True):
         if a.shape != b.shape:
             raise ValueError(f"{name} has shape {a.shape}, not {b.shape}")
-        allowed = 0 if name == "pooled" else tolerance * np.abs(b).max()
+        allowed = (rounding if name == "pooled" else tolerance) * np.abs(b).max()
         differ = ~(np.abs(a - b) <= allowed)
         if differ.any():
             largest = np.abs(a - b).max()

@@ -126,7 +126,7 @@ def _figure(results: dict[str, Any], nrows: int, ncols: int) -> tuple[Figure, An
     figure = Figure(figsize=(10, 0.9 + 3.4 * nrows), dpi=120, layout="constrained")
     machine = results["machine"]
     figure.suptitle(
-        f"RoI max pooling to 7x7, float32: {machine['processor']}, {machine['cores']} cores"
+        f"{results['title']} to 7x7, float32: {machine['processor']}, {machine['cores']} cores"
     )
     return figure, figure.subplots(nrows, ncols, squeeze=False, sharey="row")
 

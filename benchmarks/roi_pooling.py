@@ -1,13 +1,17 @@
-"""Times jax_roipool's RoI max pooling against other systems on the same data.
+"""Times jax_roipool's operators against other systems on the same data.
 
     pip install -e ".[benchmark]" && python benchmarks/roi_pooling.py
 
 prints a table and writes `roi_pooling.json`, `workloads.png` and `curves.png` to the `--output`
-folder. `--small --seconds 0.1` tries it out in a few minutes; `--from FILE` prints and draws a
-saved run again. Peers that are not installed are left out, and named.
+folder, for RoI max pooling. `--operator roi_align` does so for RoIAlign with two samples along each
+axis of a bin, `roi_align-adaptive` with as many as a bin has cells, and `levels` for RoIAlign on
+four levels of a pyramid, beside torchvision's `MultiScaleRoIAlign`. `--small --seconds 0.1` tries
+it out in a few minutes; `--from FILE` prints and draws a saved run again. Peers that are not
+installed are left out, and named.
 
 All candidates run in this one process and use all cores. Answers are compared first: one that is
-not the reference's under the same convention is an error and is not timed. Then each candidate has
+not the reference's under the same convention, or for averages not within 1e-5 of the largest, is an
+error and is not timed. Then each candidate has
 one turn a round, in random order, so that noise falls on all of them: two calls, of which the
 second is timed. The time is that of a call as a user makes it from Python, with inputs in memory
 already, in the layout that the system takes. A result is a new array each time, except for
@@ -29,15 +33,36 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import average_candidates
 import candidates
 import report
 from measure import Budget, measure
-from workloads import WORKLOADS, Workload, curves
+from workloads import PYRAMIDS, WORKLOADS, Pyramid, Workload, curves
 
+
+class Operator(NamedTuple):
+    """What is timed, and on what."""
+
+    title: str
+    makers: Callable[[], dict[str, Callable]]
+    workloads: dict[str, Workload] | dict[str, Pyramid]
+
+
+OPERATORS = {
+    "roi_pool": Operator("RoI max pooling", candidates.roi_pool, WORKLOADS),
+    "roi_align": Operator(
+        "RoIAlign, 2x2 samples a bin,", partial(average_candidates.roi_align, 2), WORKLOADS
+    ),
+    "roi_align-adaptive": Operator(
+        "RoIAlign, adaptive,", partial(average_candidates.roi_align, None), WORKLOADS
+    ),
+    "levels": Operator("RoIAlign of four levels", partial(average_candidates.levels, 2), PYRAMIDS),
+}
 CURVES_BASE = "vgg-train"
 CURVES_SHARE = 0.2  # of the seconds that a workload gets
 CURVES_SLOW_SECONDS = 2.0
@@ -62,27 +87,36 @@ def main() -> int:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
+        "--operator", choices=OPERATORS, default="roi_pool", help="what is timed (roi_pool)"
+    )
+    parser.add_argument(
         "--workload",
         nargs="+",
-        choices=WORKLOADS,
-        default=list(WORKLOADS),
         metavar="NAME",
-        help=f"of {', '.join(WORKLOADS)}",
+        help=f"of {', '.join(WORKLOADS)}, or for levels of {', '.join(PYRAMIDS)} (default: all)",
     )
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="for each number in the table (default 5)"
     )
     parser.add_argument("--curves", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--small", action="store_true", help="small sizes, to try it out")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder")
+    parser.add_argument("--output", type=Path, help="folder (default build/benchmarks/OPERATOR)")
     parser.add_argument("--from", type=Path, dest="saved", metavar="JSON", help="a saved run")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.output = arguments.output or Path("build/benchmarks", arguments.operator)
+    names = OPERATORS[arguments.operator].workloads
+    arguments.workload = arguments.workload or list(names)
+    if unknown := set(arguments.workload) - set(names):
+        parser.error(f"no workload of {arguments.operator}: {', '.join(unknown)}")
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures everything, and prints each row as soon as it is there."""
-    found, missing = candidates.available()
+    operator = OPERATORS[arguments.operator]
+    found, missing = candidates.available(operator.makers())
     results = {
+        "title": operator.title,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
         "machine": _machine(),
@@ -108,19 +142,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(report.row(cell, list(results["candidates"])), flush=True)
         (arguments.output / "roi_pooling.json").write_text(json.dumps(results, indent=1) + "\n")
 
-    small = Workload.small if arguments.small else lambda workload: workload
+    def small(workload):
+        return workload.small() if arguments.small else workload
+
     budget = Budget(arguments.seconds)
     for name in arguments.workload:
-        for cell in _workload_cells(found, small(WORKLOADS[name]), budget):
+        for cell in _workload_cells(found, small(operator.workloads[name]), budget):
             record("workloads", cell)
     budget = Budget(CURVES_SHARE * arguments.seconds, slow_seconds=CURVES_SLOW_SECONDS)
-    if arguments.curves:
+    if arguments.curves and operator.workloads is WORKLOADS:
         for cell in _curve_cells(found, small(WORKLOADS[CURVES_BASE]), budget):
             record("curves", cell)
     return results
 
 
-def _workload_cells(found: list, workload: Workload, budget: Budget) -> Iterator[dict[str, Any]]:
+def _workload_cells(
+    found: list, workload: Workload | Pyramid, budget: Budget
+) -> Iterator[dict[str, Any]]:
     inputs = workload.inputs()
     for mode in candidates.MODES:
         measured = measure(inputs, mode, found, found[0], budget)

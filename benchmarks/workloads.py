@@ -18,7 +18,7 @@ LONGEST_ROI = 3  # times as long as wide
 class Inputs(NamedTuple):
     """Arrays of a workload, float32, as jax_roipool lays them out."""
 
-    features: np.ndarray  # [N, H, W, C]
+    features: np.ndarray | tuple[np.ndarray, ...]  # [N, H, W, C], or of each level of a pyramid
     rois: np.ndarray  # [R, 5]: image index, x1, y1, x2, y2 in whole cells, the ends included
     cotangent: np.ndarray  # [R, P, Q, C]
 
@@ -65,6 +65,44 @@ class Workload:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+    """Sizes of a call on the levels of a feature pyramid, and the seed of its contents."""
+
+    name: str
+    map_shape: tuple[int, int, int, int]  # N, H and W of an image in pixels, C
+    num_rois: int  # R
+    output_size: tuple[int, int] = (7, 7)  # P, Q
+    seed: int = 0
+
+    scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+
+    def inputs(self) -> Inputs:
+        """A map for each scale, and RoIs in pixels; equal at every call."""
+        rng = np.random.default_rng(self.seed)
+        N, H, W, C = self.map_shape
+        features = tuple(
+            rng.standard_normal((N, int(H * scale), int(W * scale), C), dtype=np.float32)
+            for scale in self.scales
+        )
+        area = _log_uniform(rng, 16**2, 700**2, self.num_rois)
+        width_per_height = _log_uniform(rng, 1 / 2, 2, self.num_rois)
+        width = np.minimum(np.sqrt(area * width_per_height), W)
+        height = np.minimum(np.sqrt(area / width_per_height), H)
+        x1, y1 = rng.uniform(0, W - width), rng.uniform(0, H - height)
+        image = np.sort(rng.integers(0, N, self.num_rois))  # torchvision takes a list of each
+        rois = np.stack([image, x1, y1, x1 + width, y1 + height], axis=1).astype(np.float32)
+        cotangent = rng.standard_normal((self.num_rois, *self.output_size, C), dtype=np.float32)
+        return Inputs(features, rois, cotangent)
+
+    def small(self) -> Pyramid:
+        """The same in little, to try the benchmark out."""
+        N, H, W, C = self.map_shape
+        return dataclasses.replace(
+            self, map_shape=(N, H // 4, W // 4, C // 16), num_rois=self.num_rois // 16
+        )
+
+
 def _log_uniform(rng: np.random.Generator, low: float, high: float, size: int) -> np.ndarray:
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
@@ -76,6 +114,15 @@ WORKLOADS = {
         Workload("vgg-infer", (1, 38, 50, 512), 1000),
         Workload("fpn", (2, 100, 168, 256), 512),
         Workload("fpn-p2", (2, 200, 336, 256), 1024),
+    )
+}
+
+
+PYRAMIDS = {
+    workload.name: workload
+    for workload in (
+        Pyramid("pyramid-train", (2, 800, 1344, 256), 512),
+        Pyramid("pyramid-infer", (2, 800, 1344, 256), 2000),
     )
 }
 

@@ -1,12 +1,13 @@
-"""A two-stage digit detector, Faster R-CNN in shape, trained end to end through `RoIPool`.
+"""A two-stage digit detector, Faster R-CNN in shape, trained end to end through its pooling.
 
     python examples/digits_detector.py --output pictures
 
 Handwritten digits (scikit-learn's `load_digits`) are drawn at several sizes over crops of the
 photographs that scikit-image carries. A convolutional backbone feeds a region proposal network; its
-best boxes, after non-maximum suppression, are pooled by `jax_roipool.RoIPool`; a head names the
-digit in each box and corrects the box. The losses of both stages are minimised together: the
-gradient of the head reaches the backbone through the pooling.
+best boxes, after non-maximum suppression, are pooled; a head names the digit in each box and
+corrects the box. `--pooling` chooses `jax_roipool.roi_pool` or `jax_roipool.roi_align`, `--pyramid`
+two levels of features by `jax_roipool.pool_levels` instead of one. The losses of both stages are
+minimised together: the gradient of the head reaches the backbone through the pooling.
 
 Every shape is static. An image has room for G digits and K regions, and masks tell which are in
 use, so that one compiled train step serves every batch, on CPU, GPU and TPU alike.
@@ -57,7 +58,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from jax_roipool import RoIPool
+from jax_roipool import assign_levels, pool_levels, roi_align, roi_pool
 
 Array = jax.Array | np.ndarray
 
@@ -78,6 +79,10 @@ STRIDE = 4  # image pixels per cell of the feature map
 ANCHOR_STRIDE = 8  # image pixels from anchor to anchor
 ANCHOR_HEIGHTS = (22, 32, 44)
 ANCHOR_ASPECT = 0.7  # width / height: digits are taller than wide
+POOLINGS = {"max": roi_pool, "align": functools.partial(roi_align, sampling_ratio=2)}
+PYRAMID_STRIDES = (STRIDE, 2 * STRIDE)
+# Boxes of this size in pixels, the middle of the digits', are the first of stride 2**3 = 8.
+CANONICAL_SIZE, CANONICAL_LEVEL = 36, 3
 DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)  # gives the regression targets about unit variance
 MAX_LOG_RATIO = 2.0  # limits the predicted change of the logarithm of a side
 NMS_CANDIDATES = 96  # boxes that enter non-maximum suppression
@@ -90,6 +95,7 @@ LEARNING_RATE = 1.5e-3
 WARM_UP = 100  # steps
 LOSSES = ("loss", "rpn object", "rpn box", "head class", "head box")  # the first is the others' sum
 SHOW_EVERY = 10  # steps
+SAVED_SETTINGS = ("seed", "batch_size", "pooling", "pyramid")  # a checkpoint is of these alone
 DETECTION_BATCH = 20  # at least
 SHOWN_SCORE = 0.5  # detections below are left out of the picture
 
@@ -310,14 +316,21 @@ class ConvBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Images [N, IMAGE_SIZE, IMAGE_SIZE, 3] to features [N, H, W, C] at 1 / STRIDE of the size."""
+    """Images [N, IMAGE_SIZE, IMAGE_SIZE, 3] to features [N, H, W, C], a map for each stride."""
+
+    strides: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array) -> list[Array]:
         x = ConvBlock(16, stride=2)((images - 0.5) / 0.25)
         x = ConvBlock(32, stride=2)(x)
         x = ConvBlock(48)(x)
-        return ConvBlock(48)(x)
+        maps = [ConvBlock(48)(x)]
+        for _ in self.strides[1:]:
+            maps.append(ConvBlock(48, stride=2)(maps[-1]))
+        for i in reversed(range(len(maps) - 1)):  # what a coarse map has seen, finer ones get too
+            maps[i] += jax.image.resize(maps[i + 1], maps[i].shape, "nearest")
+        return maps
 
 
 class RegionProposalNetwork(nn.Module):
@@ -346,18 +359,37 @@ class Head(nn.Module):
 class Detector(nn.Module):
     """Both stages. Training calls `propose` and `classify`; inference calls the whole."""
 
+    pooling: str = "max"
+    strides: tuple[int, ...] = (STRIDE,)
+
     def setup(self) -> None:
-        self.backbone = Backbone()
+        self.backbone = Backbone(self.strides)
         self.rpn = RegionProposalNetwork()
-        self.pool = RoIPool(output_size=(7, 7), spatial_scale=1 / STRIDE)
         self.head = Head()
 
-    def propose(self, images: Array) -> tuple[Array, Array, Array]:
-        """Returns features [N, H, W, C], anchor logits [N, A] and anchor deltas [N, A, 4]."""
-        features = self.backbone(images)
-        return features, *self.rpn(features)
+    def propose(self, images: Array) -> tuple[list[Array], Array, Array]:
+        """Returns features, anchor logits [N, A] and anchor deltas [N, A, 4].
 
-    def classify(self, features: Array, rois: Array, roi_mask: Array) -> tuple[Array, Array]:
+        The features are maps [N, H, W, C], one for each stride.
+        """
+        features = self.backbone(images)
+        return features, *self.rpn(features[0])
+
+    def pool(self, features: list[Array], rois: Array, roi_mask: Array) -> Array:
+        """Returns each of rois [N, K, 4], pooled from its own map, as [N, K, P, Q, C]."""
+        scales = [1 / stride for stride in self.strides]
+        return pool_levels(
+            functools.partial(POOLINGS[self.pooling], output_size=(7, 7)),
+            features,
+            rois,
+            spatial_scales=scales,
+            levels=assign_levels(
+                rois, scales, canonical_size=CANONICAL_SIZE, canonical_level=CANONICAL_LEVEL
+            ),
+            roi_mask=roi_mask,
+        )
+
+    def classify(self, features: list[Array], rois: Array, roi_mask: Array) -> tuple[Array, Array]:
         """Returns class logits [N, K, classes + 1] and deltas [N, K, 4] of rois [N, K, 4]."""
         return self.head(self.pool(features, rois, roi_mask))
 
@@ -511,9 +543,11 @@ def train_step(state: TrainState, scenes: Scenes, key: Array) -> tuple[TrainStat
     return state.apply_gradients(grads=grads), losses
 
 
-def create_state(seed: int, steps: int) -> TrainState:
+def create_state(
+    seed: int, steps: int, pooling: str = "max", *, pyramid: bool = False
+) -> TrainState:
     """Returns a detector with random weights, and its optimiser for so many steps."""
-    detector = Detector()
+    detector = Detector(pooling, PYRAMID_STRIDES if pyramid else (STRIDE,))
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
     params = jax.jit(detector.init)(jax.random.key(seed), images)["params"]
     rate = optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, min(WARM_UP, steps), steps + 1)
@@ -530,7 +564,7 @@ def save(
     """Saves a checkpoint with the losses so far, unless there is one of this step."""
     step = int(state.step)
     if manager.latest_step() != step:
-        log = {name: getattr(settings, name) for name in ("seed", "batch_size")}
+        log = {name: getattr(settings, name) for name in SAVED_SETTINGS}
         log["losses"] = np.array(losses[:step]).tolist()
         items = {"state": ocp.args.StandardSave(state), "log": ocp.args.JsonSave(log)}
         manager.save(step, args=ocp.args.Composite(**items))
@@ -549,7 +583,7 @@ def restore(
     items = {"state": ocp.args.StandardRestore(state), "log": ocp.args.JsonRestore()}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
     log = restored["log"]
-    for name in ("seed", "batch_size"):
+    for name in SAVED_SETTINGS:
         if log[name] != getattr(settings, name):
             sys.exit(f"error: the checkpoint was made with another {name}, {log[name]}")
     if step > settings.steps:
@@ -563,7 +597,10 @@ def train(settings: argparse.Namespace, mesh: Mesh) -> tuple[TrainState, np.ndar
     Returns the final state and the losses [steps, len(LOSSES)].
     """
     sources = load_sources(TRAIN)
-    state = on_every_device(lambda: create_state(settings.seed, settings.steps), mesh)
+    create = functools.partial(
+        create_state, settings.seed, settings.steps, settings.pooling, pyramid=settings.pyramid
+    )
+    state = on_every_device(create, mesh)
     key = on_every_device(lambda: jax.random.key(settings.seed), mesh)
     losses = []
     with contextlib.ExitStack() as stack:
@@ -740,7 +777,7 @@ def process(text: str) -> tuple[int, int]:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
-        description="Trains a two-stage digit detector through RoIPool and evaluates it.",
+        description="Trains a two-stage digit detector through its pooling and evaluates it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -748,6 +785,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive_integer, default=4, help="scenes in a training step")
     add("--scenes", type=positive_integer, default=300, help="held-out scenes to evaluate on")
     add("--seed", type=seed_integer, default=0, help="decides the weights and all scenes")
+    add("--pooling", choices=POOLINGS, default="max", help="maxima or RoIAlign of the features")
+    add("--pyramid", action="store_true", help="pool from two levels of features")
     add("--output", type=folder, default="digits_detector", help="folder for the pictures")
     add("--checkpoint", type=folder, help="folder to save to, and to resume from if it has a save")
     add("--save-every", type=positive_integer, default=100, help="steps from save to save")

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 
+from jax_roipool._float32 import float32_quotient
+
 MAX_BINS = 4096
 """Up to this many bins an axis, every product in this module is exact."""
 
@@ -197,29 +199,3 @@ def _float32_multiple(length: jax.Array, lanes: _Lanes, overlapping_bins: bool) 
         return edge.astype(jnp.int32)
     start, end = (jnp.floor(x).astype(jnp.int32) for x in (start, end))
     return jnp.where(lanes.is_end, jnp.maximum(start + 1, end), start)
-
-
-def float32_quotient(dividend: jax.Array, divisor: np.ndarray) -> jax.Array:
-    """`dividend / divisor` rounded as IEEE 754 says, whatever the platform's division does.
-
-    XLA multiplies by a rounded reciprocal instead, and GPUs and TPUs divide approximately. So the
-    quotient's neighbours are compared by what each leaves of the dividend, which is exact: with
-    the upper half of a neighbour's bits and the lower half apart, no product has over 24 bits.
-
-    Args:
-      dividend: float32, whole numbers.
-      divisor: float32, whole numbers from 1 to `MAX_BINS`.
-    """
-    bits = lax.bitcast_convert_type(dividend / divisor, jnp.int32)
-
-    def neighbour(step):
-        quotient = lax.bitcast_convert_type(bits + step, jnp.float32)
-        upper = lax.bitcast_convert_type((bits + step) & ~0xFFF, jnp.float32)
-        return quotient, jnp.abs((dividend - upper * divisor) - (quotient - upper) * divisor)
-
-    best, left_by_best = neighbour(-2)
-    for step in range(-1, 3):
-        quotient, left = neighbour(step)
-        best = jnp.where(left < left_by_best, quotient, best)
-        left_by_best = jnp.minimum(left, left_by_best)
-    return best

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jax_roipool._partitioning import axes_of
 
 
 def call_in_explicit_mode(function: Callable, features_spec: PartitionSpec, *arguments):
-    """`function(features, rois, roi_mask, spatial_scale)` with features that are split that way.
+    """`function(features, rois, ...)` with features that are split that way.
 
-    RoIs and masks are split as the batch is.
+    What else has axes, or is None, has an entry for each RoI, and is split as the batch is.
     """
     features, rois, *_ = arguments
     spec = _checked_spec(features_spec, features)
@@ -34,9 +35,9 @@ def call_in_explicit_mode(function: Callable, features_spec: PartitionSpec, *arg
     if not automatic:
         return function(*arguments)
     batch = spec[0] if features.ndim == 4 else None
-    specs = (spec, PartitionSpec(batch), PartitionSpec(batch), PartitionSpec())
+    specs = [PartitionSpec(batch) if np.ndim(x) else PartitionSpec() for x in arguments[1:]]
     with jax.sharding.use_abstract_mesh(mesh):
-        explicit = jax.sharding.explicit_axes(function, axes=automatic, in_sharding=specs)
+        explicit = jax.sharding.explicit_axes(function, axes=automatic, in_sharding=(spec, *specs))
         return explicit(*arguments)
 
 

@@ -2,8 +2,8 @@
 
 Every axis of an array has a letter with one meaning throughout: g groups, n images of a group, k
 RoIs, c channels; the rest is never split. Groups, RoIs and channels are independent: a device that
-has its part of them needs no other's. Where a result has no k, it is a sum over RoIs, and devices
-that have different RoIs add up their parts.
+has its part of them needs no other's. Where a result has no k or no c, it is a sum over RoIs or
+channels, and devices that have different ones add up their parts.
 
 Where the images of a group are split (flat RoIs on a split batch), a RoI can be on one device and
 its image on another. Then either the maps move or the bins do; `plan` decides, by what is smaller.
@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     images_over: tuple[str, ...]  # mesh axes over which a device has its own images alone
     summed_over: tuple[str, ...]  # mesh axes over which the devices' results are added up
     summed_onto: str | None  # the axis along which each device keeps its part of the sum
+    channels_over: tuple[str, ...]  # mesh axes over which results that sum channels are added up
 
 
 def plan(axes: Axes, types: Sequence, mesh: Mesh | AbstractMesh) -> Plan:
@@ -94,6 +95,7 @@ def plan(axes: Axes, types: Sequence, mesh: Mesh | AbstractMesh) -> Plan:
         images_over,
         summed,
         onto,
+        () if "c" in axes.results[0] else c,
     )
 
 
@@ -155,6 +157,8 @@ def on_one_device(plan: Plan, axes: Axes, absent: Sequence[int], function: Calla
         if plan.images_over and at is not None:
             parts[at] = _count_from_own_images(parts[at], plan.images_over, plan.images)
         results = function(*parts, images=plan.images)
+        if plan.channels_over:
+            results = [_sum(x, plan.channels_over, None) for x in results]
         if not plan.summed_over:
             return results
         onto = None if plan.summed_onto is None else axes.results[0].index(plan.summed_onto)
@@ -165,7 +169,7 @@ def on_one_device(plan: Plan, axes: Axes, absent: Sequence[int], function: Calla
             else _sum(x, plan.summed_over, onto)
             for x, none in zip(results, absent, strict=False)
         ]
-        return [sums[0].astype(dtype), *sums[1:]]
+        return [sums[0].astype(dtype), *sums[1:]] if axes.sums_rois else sums
 
     return call
 
@@ -278,7 +282,7 @@ def custom_partitioning_of(
             ", ".join(" ".join(array) for array in arrays)
             for arrays in (axes.operands, axes.results)
         ),
-        reduction_factors=tuple(axis for axis in "kn" if axis not in axes.results[0]),
+        reduction_factors=tuple(axis for axis in "knc" if axis not in axes.results[0]),
         need_replication_factors=tuple(axis for axis in letters if axis not in "gnkc"),
     )
     return jax.jit(named)

@@ -26,6 +26,7 @@ def roi_pool(
     output_size: int | tuple[int, int],
     spatial_scale: ArrayLike = 1.0,
     *,
+    image_index: ArrayLike | None = None,
     roi_mask: ArrayLike | None = None,
     convention: str | Convention = "partition",
     implementation: str | None = None,
@@ -49,13 +50,15 @@ def roi_pool(
         `spatial_scale` makes cells, x along W and y along H:
 
         - `[K, 4]` with features `[H, W, C]`,
-        - `[N, K, 4]` with features `[N, H, W, C]`, K RoIs for each image, or
-        - `[R, 5]` with features `[N, H, W, C]`, the index of its image before each RoI.
+        - `[N, K, 4]` with features `[N, H, W, C]`, K RoIs for each image,
+        - `[R, 5]` with features `[N, H, W, C]`, the index of its image before each RoI, or
+        - `[R, 4]` with features `[N, H, W, C]` and an `image_index`.
 
         Coordinates are computed in float32 and kept within 2**29 cells of the origin.
       output_size: the number of bins, `(P, Q)` along H and W, or one int for both.
       spatial_scale: cells per unit of the coordinates, for example 1/16 for RoIs in pixels of an
         image of which the features have a stride of 16. A scalar; it may be traced.
+      image_index: integer, `[R]`: the index of each RoI's image, for RoIs `[R, 4]`.
       roi_mask: bool, `[K]`, `[N, K]` or `[R]`: True for a real RoI, False for padding.
       convention: `"partition"`, `"torchvision"`, `"openvino"`, `"chainer"`, or a
         `jax_roipool.Convention`.
@@ -94,8 +97,9 @@ def roi_pool(
     (pooled,) = _checked_roi_pool(
         features,
         rois,
-        roi_mask,
         spatial_scale,
+        image_index=image_index,
+        roi_mask=roi_mask,
         output_size=output_size,
         convention=convention,
         implementation=implementation,
@@ -112,6 +116,7 @@ def roi_pool_with_argmax(
     output_size: int | tuple[int, int],
     spatial_scale: ArrayLike = 1.0,
     *,
+    image_index: ArrayLike | None = None,
     roi_mask: ArrayLike | None = None,
     convention: str | Convention = "partition",
     implementation: str | None = None,
@@ -139,8 +144,9 @@ def roi_pool_with_argmax(
     pooled, argmax = _checked_roi_pool(
         features,
         rois,
-        roi_mask,
         spatial_scale,
+        image_index=image_index,
+        roi_mask=roi_mask,
         output_size=output_size,
         convention=convention,
         implementation=implementation,
@@ -152,9 +158,20 @@ def roi_pool_with_argmax(
 
 
 def _checked_roi_pool(
-    features, rois, roi_mask, spatial_scale, *, output_size, convention, implementation, **options
+    features,
+    rois,
+    spatial_scale,
+    *,
+    image_index,
+    roi_mask,
+    output_size,
+    convention,
+    implementation,
+    **options,
 ):
-    arguments = check_arguments(features, rois, spatial_scale, roi_mask)
+    arguments = check_arguments(
+        features, rois, spatial_scale, image_index=image_index, roi_mask=roi_mask
+    )
     FAMILY.check_name(implementation)
     return _roi_pool(
         *arguments,
@@ -172,9 +189,8 @@ def _checked_roi_pool(
         *("features_spec", "forward_mode", "with_argmax"),
     ),
 )
-def _roi_pool(features, rois, roi_mask, spatial_scale, *, features_spec, **options):
+def _roi_pool(*arguments, features_spec, **options):
     pool = functools.partial(_pool_canonical, **options)
-    arguments = features, rois, roi_mask, spatial_scale
     if features_spec is None:
         return pool(*arguments)
     return call_in_explicit_mode(pool, features_spec, *arguments)
@@ -183,6 +199,7 @@ def _roi_pool(features, rois, roi_mask, spatial_scale, *, features_spec, **optio
 def _pool_canonical(
     features: jax.Array,
     rois: jax.Array,
+    image_index: jax.Array | None,
     roi_mask: jax.Array | None,
     spatial_scale: jax.Array,
     *,
@@ -195,7 +212,7 @@ def _pool_canonical(
     maps = canonical_features(features, rois)
     _, images, height, width, _ = maps.shape
     edges = packed_edges(
-        *canonical_rois(rois, roi_mask, spatial_scale, images),
+        *canonical_rois(rois, image_index, roi_mask, spatial_scale, images),
         output_size,
         (height, width),
         convention,

@@ -10,6 +10,7 @@ import functools
 import numbers
 import operator
 import reprlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,8 +26,9 @@ from jax_roipool._bins import MAX_BINS
 CELL_LIMIT = 2.0**29
 """RoIs are kept within this many cells of the origin, where no int32 sum can overflow."""
 
+FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 FEATURE_DTYPES = (
-    *("float32", "bfloat16", "float16", "float64"),
+    *FLOAT_DTYPES,
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
 
@@ -42,6 +44,7 @@ class Arguments(NamedTuple):
 
     features: jax.Array
     rois: jax.Array
+    image_index: jax.Array | None
     roi_mask: jax.Array | None
     spatial_scale: jax.Array
 
@@ -54,34 +57,56 @@ class CanonicalRoIs(NamedTuple):
 
 
 def check_arguments(
-    features: ArrayLike, rois: ArrayLike, spatial_scale: ArrayLike, roi_mask: ArrayLike | None
+    features: ArrayLike,
+    rois: ArrayLike,
+    spatial_scale: ArrayLike,
+    *,
+    image_index: ArrayLike | None,
+    roi_mask: ArrayLike | None,
+    dtypes: Sequence[str] = FEATURE_DTYPES,
 ) -> Arguments:
-    """Arrays of the arguments, or the error that says which of them cannot be right."""
-    # Lists, and NumPy's 64-bit integers, can hold what JAX without 64-bit types wraps or refuses.
-    is_wide = isinstance(rois, np.ndarray) and rois.dtype in (np.int64, np.uint64)
-    rois_dtype = jnp.float32 if is_wide or isinstance(rois, (list, tuple)) else None
-    features, rois = _as_array("features", features), _as_array("rois", rois, rois_dtype)
-    if features.dtype.name not in FEATURE_DTYPES:
+    """Arrays of the arguments, or the error that says which of them cannot be right.
+
+    `dtypes` are those that features can have.
+    """
+    features, rois = as_array("features", features), check_rois(rois)
+    if features.dtype.name not in dtypes:
         raise TypeError(
-            f"features must be of one of the dtypes {', '.join(FEATURE_DTYPES)}, "
-            f"got {_describe(features)}; convert them first"
+            f"features must be of one of the dtypes {', '.join(dtypes)}, "
+            f"got {describe(features)}; convert them first"
         )
-    if not _is_real(rois.dtype):
-        raise TypeError(f"rois must be of a real floating or integer dtype, got {_describe(rois)}")
-    _check_layout(features, rois)
+    _check_layout(features, rois, has_image_index=image_index is not None)
     return Arguments(
-        features, rois, _check_mask(roi_mask, rois), _check_spatial_scale(spatial_scale)
+        features,
+        rois,
+        None if image_index is None else check_image_index(image_index, rois),
+        check_mask(roi_mask, rois),
+        _check_spatial_scale(spatial_scale),
     )
 
 
-def _check_layout(features: jax.Array, rois: jax.Array) -> None:
-    got = f"got features {_describe(features)} and rois {_describe(rois)}"
+def check_rois(rois: ArrayLike) -> jax.Array:
+    """The array of them; its shape is another question."""
+    # Lists, and NumPy's 64-bit integers, can hold what JAX without 64-bit types wraps or refuses.
+    is_wide = isinstance(rois, np.ndarray) and rois.dtype in (np.int64, np.uint64)
+    dtype = jnp.float32 if is_wide or isinstance(rois, (list, tuple)) else None
+    rois = as_array("rois", rois, dtype)
+    if not is_real(rois.dtype):
+        raise TypeError(f"rois must be of a real floating or integer dtype, got {describe(rois)}")
+    return rois
+
+
+def _check_layout(features: jax.Array, rois: jax.Array, *, has_image_index: bool) -> None:
+    got = f"got features {describe(features)} and rois {describe(rois)}"
     layouts = {
-        (3, 2, 4): "[H, W, C] with [K, 4]",
-        (4, 3, 4): "[N, H, W, C] with [N, K, 4]",
-        (4, 2, 5): "[N, H, W, C] with [R, 5], the image index first",
+        (3, 2, 4, False): "[H, W, C] with [K, 4]",
+        (4, 3, 4, False): "[N, H, W, C] with [N, K, 4]",
+        (4, 2, 5, False): "[N, H, W, C] with [R, 5], the image index first",
+        (4, 2, 4, True): "[N, H, W, C] with [R, 4] and an image_index [R]",
     }
-    if (features.ndim, rois.ndim, rois.shape[-1] if rois.ndim else None) not in layouts:
+    layout = (features.ndim, rois.ndim, rois.shape[-1] if rois.ndim else None, has_image_index)
+    if layout not in layouts:
+        got += f", {'and an' if has_image_index else 'without an'} image_index"
         raise ValueError(f"features and rois must be one of: {'; '.join(layouts.values())}; {got}")
     if rois.ndim == 3 and rois.shape[0] != features.shape[0]:
         raise ValueError(f"features [N, H, W, C] and rois [N, K, 4] must have one N, {got}")
@@ -94,18 +119,39 @@ def _check_layout(features: jax.Array, rois: jax.Array) -> None:
         )
 
 
-def _check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None:
+def check_image_index(
+    image_index: ArrayLike, rois: jax.Array, name: str = "image_index", rois_name: str = "rois"
+) -> jax.Array:
+    """An array of the index of each RoI's image; the names are for its errors."""
+    if isinstance(image_index, np.ndarray) and image_index.dtype in (np.int64, np.uint64):
+        # What JAX would wrap into an image's index names no image either way.
+        image_index = np.clip(image_index, -1, np.iinfo(np.int32).max).astype(np.int32)
+    image_index = as_array(name, image_index)
+    if not jnp.issubdtype(image_index.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be of an integer dtype, got {describe(image_index)}; "
+            "convert it by .astype(int)"
+        )
+    if image_index.shape != rois.shape[:-1]:
+        raise ValueError(
+            f"{name} must have one entry a RoI, shape {list(rois.shape[:-1])} for {rois_name} "
+            f"{describe(rois)}, got {describe(image_index)}"
+        )
+    return image_index
+
+
+def check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None:
     if roi_mask is None:
         return None
-    roi_mask = _as_array("roi_mask", roi_mask)
+    roi_mask = as_array("roi_mask", roi_mask)
     if roi_mask.dtype != jnp.bool_:
         raise TypeError(
-            f"roi_mask must be of dtype bool, True for a real RoI, got {_describe(roi_mask)}"
+            f"roi_mask must be of dtype bool, True for a real RoI, got {describe(roi_mask)}"
         )
     if roi_mask.shape != rois.shape[:-1]:
         raise ValueError(
             f"roi_mask must have one entry a RoI, shape {list(rois.shape[:-1])} for rois "
-            f"{_describe(rois)}, got {_describe(roi_mask)}"
+            f"{describe(rois)}, got {describe(roi_mask)}"
         )
     return roi_mask
 
@@ -119,12 +165,12 @@ def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
                 f"coordinates (1/16 for a stride of 16), got {spatial_scale!r:.40}"
             )
         spatial_scale = number
-    spatial_scale = _as_array("spatial_scale", spatial_scale)
-    if not _is_real(spatial_scale.dtype):
-        raise TypeError(f"spatial_scale must be a real number, got {_describe(spatial_scale)}")
+    spatial_scale = as_array("spatial_scale", spatial_scale)
+    if not is_real(spatial_scale.dtype):
+        raise TypeError(f"spatial_scale must be a real number, got {describe(spatial_scale)}")
     if spatial_scale.shape != ():
         raise ValueError(
-            f"spatial_scale must be a scalar, got {_describe(spatial_scale)}; "
+            f"spatial_scale must be a scalar, got {describe(spatial_scale)}; "
             "scale the RoIs themselves, or jax.vmap over it, for a scale per image"
         )
     return spatial_scale.astype(jnp.float32)
@@ -159,42 +205,50 @@ def canonical_features(features: jax.Array, rois: jax.Array) -> jax.Array:
 
 
 def canonical_rois(
-    rois: jax.Array, roi_mask: jax.Array | None, spatial_scale: jax.Array, images: int
+    rois: jax.Array,
+    image_index: jax.Array | None,
+    roi_mask: jax.Array | None,
+    spatial_scale: jax.Array,
+    images: int,
 ) -> CanonicalRoIs:
     """RoIs in cells, grouped; `images` is n, the number of images of a group."""
-    rois, roi_mask = _split_alike(rois, roi_mask)
+    rois = split_alike(rois, rois)
+    image_index, roi_mask = (
+        None if x is None else split_alike(x, rois) for x in (image_index, roi_mask)
+    )
     if rois.ndim == 2:
         rois = rois[None]
-        roi_mask = None if roi_mask is None else roi_mask[None]
+        image_index, roi_mask = (None if x is None else x[None] for x in (image_index, roi_mask))
     coordinates = rois[..., -4:].astype(jnp.float32)
     # Not `all` over the axis: a reduction is a loop of its own in the program.
     is_finite = [jnp.isfinite(coordinates[..., i]) for i in range(4)]
     real = functools.reduce(operator.and_, is_finite) & jnp.isfinite(spatial_scale)
     if roi_mask is not None:
         real &= roi_mask
-    if rois.shape[-1] == 5:
-        index = _widen(rois[..., 0])
-        real &= (index >= 0) & (index < images) & (index == jnp.floor(index))
-        index = jnp.where(real, index, -1).astype(jnp.int32)
-    else:
+    if image_index is None and rois.shape[-1] == 5:
+        image_index = rois[..., 0]
+    if image_index is None:
         index = real.astype(jnp.int32) - 1  # a choice between constants would lose `real`'s mesh
+    else:
+        index = _widen(image_index)
+        real &= (index >= 0) & (index < images)
+        if jnp.issubdtype(index.dtype, jnp.floating):
+            real &= index == jnp.floor(index)
+        index = jnp.where(real, index, -1).astype(jnp.int32)
     cells = jnp.clip(coordinates * spatial_scale, -CELL_LIMIT, CELL_LIMIT)
     return CanonicalRoIs(index, jnp.where(real[..., None], cells, 0))
 
 
-def _split_alike(rois: jax.Array, roi_mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """The arrays with each RoI, and its mask, whole on one device, where types say how they are.
+def split_alike(x: jax.Array, rois: jax.Array) -> jax.Array:
+    """The array with what it has of each RoI on the RoI's device, where types say how they are.
 
     JAX would refuse to combine arrays that are split otherwise; to move these costs little.
     """
     sharding = jax.typeof(rois).sharding
-    *lead, coordinates = sharding.spec
-    if coordinates is not None:
-        rois = jax.sharding.reshard(rois, NamedSharding(sharding.mesh, PartitionSpec(*lead)))
-    if roi_mask is None or not any(lead) or tuple(jax.typeof(roi_mask).sharding.spec) == (*lead,):
-        return rois, roi_mask
-    sharding = NamedSharding(sharding.mesh, PartitionSpec(*lead))
-    return rois, jax.sharding.reshard(roi_mask, sharding)
+    spec = (*sharding.spec[:-1], *[None] * (x.ndim + 1 - rois.ndim))
+    if tuple(jax.typeof(x).sharding.spec) == spec or not (x is rois or any(spec)):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def _widen(index: jax.Array) -> jax.Array:
@@ -212,7 +266,8 @@ def _to_float32(number: numbers.Real) -> np.float32:
         return np.float32(np.inf)
 
 
-def _as_array(name: str, value: ArrayLike, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+def as_array(name: str, value: ArrayLike, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """The argument of that name as an array, or an error that names it."""
     try:
         return jnp.asarray(value, dtype)
     except OverflowError as error:
@@ -224,9 +279,11 @@ def _as_array(name: str, value: ArrayLike, dtype: jax.typing.DTypeLike | None = 
         raise TypeError(f"{name} must be an array of numbers, got {got}{hint}") from error
 
 
-def _is_real(dtype: np.dtype) -> bool:
+def is_real(dtype: np.dtype) -> bool:
+    """Whether it is one of floats or integers."""
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def _describe(array: jax.Array) -> str:
+def describe(array: jax.Array) -> str:
+    """Its type, as errors say it."""
     return f"{array.dtype}[{', '.join(map(str, array.shape))}]"

@@ -1,26 +1,34 @@
-"""The form that the blocks backend has on GPUs, on the CPU, as an implementation of its own."""
+"""What the gathering backends are on GPUs, on the CPU, as implementations of their own."""
 
 from unittest import mock
 
 from jax import lax
 
-from jax_roipool._backends.rectangle_max import FAMILY, blocks
+from jax_roipool._backends import rectangle_max, weighted_sum
 
 NAME = "blocks-at-once"
+AVERAGE_NAME = "gather-at-once"
 
 
 def install():
-    """Adds the implementation, which only its name chooses."""
-    backend = FAMILY.named("blocks")
-    functions = {**backend.functions, "rectangle_max": _rectangle_max}
-    FAMILY.backends += (backend._replace(name=NAME, functions=functions),)
+    """Adds the implementations, which only their names choose."""
+    for family, of, name in (
+        (rectangle_max.FAMILY, "blocks", NAME),
+        (weighted_sum.FAMILY, "gather", AVERAGE_NAME),
+    ):
+        backend = family.named(of)
+        functions = {key: _elsewhere(function) for key, function in backend.functions.items()}
+        family.backends += (backend._replace(name=name, functions=functions),)
 
 
-def _rectangle_max(*operands, **params):
-    with mock.patch.object(lax, "platform_dependent", _elsewhere):
-        return blocks.rectangle_max(*operands, **params)
+def _elsewhere(function):
+    """The function, on a platform for which `lax.platform_dependent` has no form of its own."""
 
+    def run(*operands, **params):
+        def default(*operands, default, **_):
+            return default(*operands)
 
-def _elsewhere(*operands, default, **_):
-    """`lax.platform_dependent` on a platform that has no form of its own."""
-    return default(*operands)
+        with mock.patch.object(lax, "platform_dependent", default):
+            return function(*operands, **params)
+
+    return run

@@ -20,6 +20,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "jax_roipool/"
 FAMILY = PACKAGE + "_backends/rectangle_max/"
+SUMS = PACKAGE + "_backends/weighted_sum/"
 NATIVE = FAMILY + "cpu/native/"
 EXTENSION = "jax_roipool_cpu.so"
 
@@ -58,6 +59,30 @@ def choice(name, code, fault, tests="backends"):
     return Fault(f"choice: {name}", PACKAGE + "_backends/__init__.py", code, fault, tests)
 
 
+def levels(name, code, fault, tests="levels"):
+    return Fault(f"levels: {name}", PACKAGE + "_levels.py", code, fault, tests)
+
+
+def layers(name, code, fault, tests="modules"):
+    return Fault(f"layers: {name}", PACKAGE + "_layers.py", code, fault, tests)
+
+
+def float32(name, code, fault, tests="float32"):
+    return Fault(f"float32: {name}", PACKAGE + "_float32.py", code, fault, tests)
+
+
+def taps(name, code, fault, tests="taps"):
+    return Fault(f"taps: {name}", PACKAGE + "_taps.py", code, fault, tests)
+
+
+def sums(file, name, code, fault, tests="weighted_sum"):
+    return Fault(f"sums, {file}: {name}", SUMS + file, code, fault, tests)
+
+
+def averages(file, name, code, fault, tests="averages"):
+    return Fault(f"averages, {file}: {name}", PACKAGE + file, code, fault, tests)
+
+
 def backend(file, name, code, fault, tests="contract"):
     return Fault(f"{file}: {name}", FAMILY + file, code, fault, tests)
 
@@ -81,7 +106,146 @@ FAULTS = (
         "np.where(lanes.is_end, lanes.bins - 1, 0)",
         "np.where(lanes.is_end, lanes.bins, 0)",
     ),
-    bins("XLA's quotient", "for step in range(-1, 3)", "for step in range(-1, 0)"),
+    float32("XLA's quotient", "for step in range(-1, 3)", "for step in range(-1, 0)"),
+    float32("a product and a sum are one", "jnp.clip(x * y, -_FAR, _FAR)", "x * y"),
+    float32("zero has neighbours", "jnp.abs(approximate) > 1 / _FAR", "approximate == approximate"),
+    float32("no derivative", "tangents[0] / divisor", "0 * tangents[0]"),
+    taps("a sample past the border", "(position <= sizes)", "(position < sizes)"),
+    taps("a sample before the border", "(position >= -1)", "(position > -1)"),
+    taps("samples from the bin's start", "number + 0.5", "number"),
+    taps(
+        "XLA's quotient of a RoI",
+        "float32_quotient(length, np.array(output_size, np.float32))",
+        "(length / np.array(output_size, np.float32))",
+    ),
+    taps("bins are a fused sum", "float32_product(length, bin)", "length * bin"),
+    taps("unaligned RoIs of no length", "else (0.0, 1.0)", "else (0.0, 0.0)"),
+    taps("a sum for a mean", "weights *= 1 / ratios[..., None]", "weights *= ratios[..., None]"),
+    taps("columns as rows", "[x[:, :, axis, :bins] for axis", "[x[:, :, 0, :bins] for axis"),
+    taps(
+        "adaptive samples past a bin",
+        "(number < end)[..., None, None]",
+        "(number <= end)[..., None, None]",
+    ),
+    taps("too few cells of a run", "x.max(axis=-1) + 1 for x", "x.max(axis=-1) for x"),
+    taps("hats reach past the map", " & (cell < sizes[..., None])", "", "averages"),
+    taps("RoIs without area", " & (length > 0) & (cell", " & (cell", "averages"),
+    taps(
+        "a hat of one slope",
+        "((1, (-1, 0)), (-1, (0, 1)))",
+        "((1, (-1, 0)), (1, (0, 1)))",
+        "averages",
+    ),
+    taps(
+        "bins with the last row",
+        "map_size[0] - unread, map_size[1] - unread",
+        "map_size",
+        "averages",
+    ),
+    taps(
+        "a crop of one row at its start",
+        "jnp.where(steps > 0, start, (start + end) / 2)",
+        "start",
+        "averages",
+    ),
+    taps(
+        "crops in images that are not there",
+        "inside &= (image_index >= 0)[..., None, None]",
+        "",
+        "averages",
+    ),
+    taps(
+        "bins share their rows",
+        "x = jnp.expand_dims(jnp.moveaxis(x, 2, 1), (2 - axis, 4))",
+        "x = jnp.expand_dims(jnp.moveaxis(x, 2, 1), (1 + axis, 4))",
+        "averages",
+    ),
+    sums(
+        "gather.py",
+        "taps without weight are read",
+        "cell = jnp.where(has_weight, cell, jnp.maximum(other, 0)[..., None])",
+        "",
+    ),
+    sums(
+        "gather.py",
+        "taps outside of the map",
+        "jnp.clip(first[..., None] + lax.iota(jnp.int32, run), 0, size - 1)",
+        "first[..., None] + lax.iota(jnp.int32, run)",
+    ),
+    sums(
+        "gather.py",
+        "any image",
+        "rows = rois.rows.counts & rois.has_image[:, None]",
+        "rows = rois.rows.counts",
+    ),
+    sums(
+        "gather.py",
+        "groups share images",
+        "image += images * lax.broadcasted_iota",
+        "image += 0 * lax.broadcasted_iota",
+    ),
+    sums(
+        "gather.py",
+        "a block too few",
+        "jnp.maximum(-(-axis.used.max() // BLOCK), 1)",
+        "jnp.maximum(axis.used.max() // BLOCK, 1)",
+    ),
+    sums("gather.py", "columns' weights are rows'", "(2 - axis, 3)", "(1 + axis, 3)"),
+    sums("matmul.py", "what is not finite is 0", "jnp.where(touched > 0, jnp.nan, sums)", "sums"),
+    sums(
+        "matmul.py",
+        "what is not finite spreads",
+        "sums = _sum(jnp.where(is_finite, features, 0), cells",
+        "sums = _sum(features, cells",
+    ),
+    sums(
+        "matmul.py",
+        "all images",
+        "across = jnp.where(is_image[..., None, :, None], across[..., None, :], 0)",
+        "across = jnp.broadcast_to(across[..., None, :], (*across.shape[:-1], n, across.shape[-1]))",
+    ),
+    sums(
+        "matmul.py",
+        "cotangents of no image",
+        'pooled = jnp.where(counts, pooled.astype(dtype), 0)\n        bands = _product("kgph,kgpqc->kghqc", down, pooled)\n        return sums',
+        'pooled = pooled.astype(dtype)\n        bands = _product("kgph,kgpqc->kghqc", down, pooled)\n        return sums',
+    ),
+    averages(
+        "_weighted_sum.py",
+        "one tangent is enough",
+        "total = ad.add_tangents(total, *primitive(*operands, **params))",
+        "total = primitive(*operands, **params)[0]",
+        "averages",
+    ),
+    averages(
+        "_averages.py",
+        "RoIs have a gradient",
+        "if not rois_have_gradient:",
+        "if False:",
+        "roi_align",
+    ),
+    averages(
+        "_averages.py",
+        "channels in another order",
+        "reshape(G, n, H, W, C, P, Q), (5, 6), (1, 2))",
+        "reshape(G, n, H, W, P, Q, C), (4, 5), (1, 2))",
+    ),
+    averages(
+        "_roi_align.py",
+        "a ratio of 0",
+        "if not (1 <= rows <= MAX_SAMPLES",
+        "if not (0 <= rows <= MAX_SAMPLES",
+        "roi_align",
+    ),
+    averages(
+        "_roi_align.py",
+        "always aligned",
+        "aligned=_check_aligned(aligned)",
+        "aligned=_check_aligned(aligned) or True",
+        "roi_align",
+    ),
+    averages("_crop_and_resize.py", "x is y", "np.array([1, 0, 3, 2])", "np.array([0, 1, 2, 3])"),
+    plan("channels are not summed", '() if "c" in axes.results[0] else c', "()", "partitioning"),
     bins("rows are columns", "jnp.where(lanes.is_row, y1, x1)", "jnp.where(lanes.is_row, x1, y1)"),
     bins("ends are rounded down", "jnp.ceil(end)", "jnp.floor(end)"),
     bins(
@@ -92,7 +256,7 @@ FAULTS = (
     rois("masks do nothing", "real &= roi_mask", "real &= roi_mask | True"),
     rois("only x1 and y1 must be finite", "for i in range(4)]", "for i in range(2)]"),
     rois("any scale will do", " & jnp.isfinite(spatial_scale)", ""),
-    rois("half an image", "(index == jnp.floor(index))", "(index == index)"),
+    rois("half an image", "real &= index == jnp.floor(index)", "real &= index == index"),
     rois("cells past int32", "CELL_LIMIT = 2.0**29", "CELL_LIMIT = 2.0**31", "bins oracle"),
     rois("the index is a coordinate", "rois[..., -4:]", "rois[..., :4]", "oracle parity"),
     rois("lists are int32", "isinstance(rois, (list, tuple)) else None", "False else None"),
@@ -102,9 +266,19 @@ FAULTS = (
     rois("narrow indices", "if index.dtype.itemsize >= 4:", "if True:", "dtypes bad_values"),
     rois(
         "masks stay where they are",
-        "roi_mask is None or not any(lead) or",
-        "True or not any(lead) or",
+        "or not (x is rois or any(spec)):",
+        "or x is not rois:",
         "sharding",
+    ),
+    rois(
+        "long indices wrap",
+        "(np.int64, np.uint64):\n        # What",
+        "():\n        # What",
+        "roi_align",
+    ),
+    rois("indices of any length", "image_index.shape != rois.shape[:-1]", "False", "roi_align"),
+    rois(
+        "indices of floats", "jnp.issubdtype(image_index.dtype, jnp.integer)", "True", "roi_align"
     ),
     core("every program is for CPUs", "platforms = others if", "platforms = ['cpu'] if"),
     core(
@@ -182,13 +356,64 @@ FAULTS = (
         'if False and implementation not in (None, "xla"',
         "errors",
     ),
-    Fault(
-        "layers: masks are left out",
-        PACKAGE + "_layers.py",
-        "roi_mask=roi_mask,",
-        "roi_mask=None,",
-        "modules",
+    layers(
+        "masks of maxima are left out",
+        "roi_mask=roi_mask,\n            convention",
+        "roi_mask=None,\n            convention",
     ),
+    layers(
+        "masks of averages are left out",
+        "roi_mask=roi_mask,\n            implementation",
+        "roi_mask=None,\n            implementation",
+    ),
+    layers(
+        "masks of pyramids are left out",
+        "levels=levels,\n            roi_mask=roi_mask,",
+        "levels=levels,",
+    ),
+    layers("always aligned", "aligned: bool = False", "aligned: bool = True"),
+    layers("one sample", "| None = 2", "| None = 1"),
+    layers(
+        "canonical values are left out",
+        "canonical_size=self.canonical_size,",
+        "",
+    ),
+    layers("lists have no hash", 'in ("spatial_scales", "sampling_ratio")', "in ()"),
+    layers(
+        "no images of averages",
+        "aligned=self.aligned,\n            image_index=image_index,\n            roi_mask",
+        "aligned=self.aligned,\n            roi_mask",
+    ),
+    levels("no 1e-6", "log2 + np.float32(1e-6)", "log2"),
+    levels(
+        "steps in float64",
+        "(size.astype(np.float64)).astype(np.float32)",
+        "(size.astype(np.float64))",
+    ),
+    levels("the step belongs below", "(area >= first_area)", "(area > first_area)"),
+    levels("negative areas", " & (area >= 0)", ""),
+    levels("any coordinate", "map(jnp.isfinite, corners)", "map(jnp.isfinite, corners[:3])"),
+    levels("the first level for all", "levels[1:])", "levels[:-1])"),
+    levels("a level without RoIs", "own = levels == i", "own = levels == min(i, 1)"),
+    levels("all RoIs on every level", "roi_mask=own)", "roi_mask=None)", "levels"),
+    levels("masks do nothing", "if roi_mask is not None:", "if False:"),
+    levels(
+        "a sum of levels",
+        "return jnp.where(own, of_level, pooled)",
+        "return of_level + pooled",
+    ),
+    levels(
+        "gradients of the first level only", "of_level + pooled if is_linear else pooled", "pooled"
+    ),
+    levels("integers have tangents", "if is_linear else pooled", "if True else pooled"),
+    levels("masks stay where they are", "if any(sharding.spec):", "if False:"),
+    levels(
+        "a scale of the operator's own",
+        'for name in ("spatial_scale", "roi_mask"):',
+        "for name in ():",
+    ),
+    levels("maps of any channels", "x.shape[:-3], x.shape[-1:])", "x.shape[:-3])"),
+    levels("any pyramid", "scales != [2.0**-k for k in levels]", "False"),
     Fault(
         "explicit axes: RoIs are whole",
         PACKAGE + "_explicit_axes.py",

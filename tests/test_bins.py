@@ -28,7 +28,7 @@ def ramp(width):
 def edges_function(output_size, map_size, convention):
     @jax.jit
     def edges(rois, spatial_scale):
-        cells = canonical_rois(rois, None, spatial_scale, images=1)
+        cells = canonical_rois(rois, None, None, spatial_scale, images=1)
         return packed_edges(*cells, output_size, map_size, resolved(convention))
 
     return edges

@@ -101,7 +101,7 @@ def test_edges_are_two_launches_at_most(convention):
     """Of rounding, scaling and clipping: what stands beside a kernel."""
 
     def edges(rois, spatial_scale, roi_mask):
-        cells = canonical_rois(rois, roi_mask, spatial_scale, images=1)
+        cells = canonical_rois(rois, None, roi_mask, spatial_scale, images=1)
         return packed_edges(*cells, (7, 7), (38, 50), CONVENTIONS[convention])
 
     program = Compiled(

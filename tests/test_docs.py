@@ -141,9 +141,10 @@ def test_torchvision_page_gives_torchvisions_answer(names_of):
 
 def test_reference_has_every_public_name():
     directives = re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
-    modules = {"linen": "linen.RoIPool", "nnx": "nnx.RoIPool", "RoIPool": "linen.RoIPool"}
-    public = {f"jax_roipool.{modules.get(name, name)}" for name in jax_roipool.__all__}
-    assert jax_roipool.RoIPool is jax_roipool.linen.RoIPool
+    layers = ("MultiScaleRoIAlign", "RoIAlign", "RoIPool")  # the package's own are linen's
+    functions = set(jax_roipool.__all__) - {"linen", "nnx", *layers}
+    of_flax = (f"{module}.{layer}" for module in ("linen", "nnx") for layer in layers)
+    public = {f"jax_roipool.{name}" for name in (*functions, *of_flax)}
     assert sorted(directives) == sorted(public)
 
 

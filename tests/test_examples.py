@@ -213,11 +213,12 @@ def test_detector_in_two_processes_has_the_losses_of_one(
 
 
 @pytest.mark.full
-def test_detector_learns_through_the_pooling(detector):
-    # The head's loss alone has to reach the backbone.
+@pytest.mark.parametrize("how", (("max",), ("align", "pyramid")), ids=" ".join)
+def test_detector_learns_through_the_pooling(detector, how):
+    # The head's loss alone has to reach the backbone, and all of its levels.
     sources = detector.load_sources(detector.TRAIN)
     scenes = detector.compose_scenes([(0, detector.TRAIN, 0, i) for i in range(2)], sources)
-    state = detector.create_state(seed=0, steps=1)
+    state = detector.create_state(0, 1, how[0], pyramid="pyramid" in how)
 
     def head_loss(params):
         variables = {"params": params}

@@ -1,5 +1,6 @@
 """The Flax modules: the function's arguments as configuration, and nothing else."""
 
+import functools
 import inspect
 
 import flax.linen
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_average_oracle import assert_gradient, load, named, tolerance_of
 
 import jax_roipool
 import oracle
@@ -53,6 +55,8 @@ def test_an_output_size_may_be_a_list_and_is_checked_at_once(layer):
 
 def test_linen_module_is_hashed_with_a_list():
     assert hash(linen.RoIPool([2, 3], 1)) == hash(linen.RoIPool((2, 3), 1))
+    lists = linen.MultiScaleRoIAlign([2, 3], [1 / 4, 1 / 8], sampling_ratio=[1, 2])
+    assert hash(lists) == hash(linen.MultiScaleRoIAlign((2, 3), (1 / 4, 1 / 8), (1, 2)))
 
 
 @pytest.mark.parametrize("layer", (linen_layer, nnx.RoIPool), ids=("linen", "nnx"))
@@ -74,21 +78,101 @@ def test_module_keeps_the_functions_errors(layer):
         layer(2, 1, convention="caffe")(FEATURES, ROIS)
 
 
-@pytest.mark.parametrize("module", (linen.RoIPool, nnx.RoIPool), ids=("linen", "nnx"))
-def test_fields_are_the_functions_keywords(module):
+@pytest.mark.parametrize("modules", (linen, nnx), ids=("linen", "nnx"))
+@pytest.mark.parametrize(("name", "function"), (("RoIPool", "roi_pool"), ("RoIAlign", "roi_align")))
+def test_fields_are_the_functions_keywords(modules, name, function):
     def settings(function):
+        calls = ("self", "features", "rois", "roi_mask", "image_index", "parent", "name")
         return {
             name: parameter.default
             for name, parameter in inspect.signature(function).parameters.items()
-            if name not in ("self", "features", "rois", "roi_mask", "parent", "name")
+            if name not in calls
         }
 
-    wanted = settings(jax_roipool.roi_pool) | {"spatial_scale": inspect.Parameter.empty}
-    assert settings(module.__init__) == wanted
+    wanted = settings(getattr(jax_roipool, function)) | {"spatial_scale": inspect.Parameter.empty}
+    assert settings(getattr(modules, name).__init__) == wanted
 
 
-def test_the_packages_module_is_linens():
-    assert jax_roipool.RoIPool is linen.RoIPool
+def layer_of(modules, name):
+    """Makes a layer, and of it a function, as both kinds of Flax do."""
+
+    def make(*args, **kwargs):
+        module = getattr(modules, name)(*args, **kwargs)
+        return functools.partial(module.apply, {}) if modules is linen else module
+
+    return make
+
+
+@pytest.mark.parametrize("modules", (linen, nnx), ids=("linen", "nnx"))
+def test_roi_align_equals_the_function(modules):
+    options = {"sampling_ratio": [2, 1], "aligned": False, "implementation": "xla"}
+    averaged = layer_of(modules, "RoIAlign")([2, 3], 1 / 16, **options)(FEATURES, ROIS, MASK)
+    want = jax_roipool.roi_align(
+        FEATURES, ROIS, (2, 3), spatial_scale=1 / 16, roi_mask=MASK, **options
+    )
+    assert_same(averaged, want)
+    assert np.abs(want).max() > 0
+
+
+@pytest.mark.parametrize("modules", (linen, nnx), ids=("linen", "nnx"))
+@pytest.mark.parametrize("name", ("RoIPool", "RoIAlign"))
+def test_the_images_of_rois_can_be_an_array(modules, name):
+    layer = layer_of(modules, name)(2, 1 / 16)
+    images = jnp.repeat(jnp.arange(2), 5)
+    flat = layer(FEATURES, ROIS.reshape(10, 4), MASK.reshape(10), image_index=images)
+    assert_same(flat.reshape(2, 5, 2, 2, 3), layer(FEATURES, ROIS, MASK))
+
+
+@pytest.mark.parametrize(
+    ("modules", "recording"),
+    (
+        pytest.param(linen, *named("multiscale-n2"), id="linen, defaults"),
+        pytest.param(nnx, *named("multiscale-n-1"), id="nnx, adaptive", marks=pytest.mark.full),
+    ),
+)
+def test_multi_scale_roi_align_is_torchvisions(modules, recording):
+    recorded = load(recording)
+    size, level = recorded["canonical"].tolist()
+    options = {
+        "sampling_ratio": recorded["sampling_ratio"],
+        "aligned": recorded["aligned"],
+        "canonical_size": size,
+        "canonical_level": level,
+    }
+    if recording in named("multiscale-n2"):  # torchvision's defaults
+        options = {}
+    make = layer_of(modules, "MultiScaleRoIAlign")
+    layer = make(recorded["output_size"], recorded["spatial_scales"].tolist(), **options)
+
+    @jax.jit
+    def values_and_gradients(features, rois, cotangent):
+        averaged, backward = jax.vjp(lambda features: layer(features, rois), features)
+        return averaged, backward(cotangent)[0]
+
+    features = [recorded[f"x{i}"] for i in range(4)]
+    averaged, grads = values_and_gradients(features, recorded["rois"], recorded["g"])
+    np.testing.assert_allclose(averaged, recorded["out"], rtol=0, atol=tolerance_of(recording))
+    for i, grad in enumerate(grads):
+        assert_gradient(np.asarray(grad), recorded[f"grad{i}"])
+
+
+def test_a_mask_reaches_every_level():
+    layer = nnx.MultiScaleRoIAlign(2, (1 / 4, 1 / 8), canonical_size=64, canonical_level=3)
+    features = [FEATURES, FEATURES[:, ::2, ::2]]
+    rois = jnp.array([[[0, 0, 20, 20], [0, 0, 70, 70]]] * 2)
+    both, first = layer(features, rois), layer(features, rois, np.array([[True, False]] * 2))
+    assert_same(first[:, 0], both[:, 0])
+    assert not first[:, 1].any()
+    of_second = jax_roipool.roi_align(
+        features[1], rois, 2, spatial_scale=1 / 8, sampling_ratio=2, aligned=False
+    )
+    assert_same(both[:, 1], of_second[:, 1])
+    assert np.abs(of_second[:, 1]).max() > 0
+
+
+@pytest.mark.parametrize("name", ("RoIPool", "RoIAlign", "MultiScaleRoIAlign"))
+def test_the_packages_modules_are_linens(name):
+    assert getattr(jax_roipool, name) is getattr(linen, name)
 
 
 def test_linen_module_has_no_variables():

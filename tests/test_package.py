@@ -41,5 +41,5 @@ def test_public_names_exist_and_are_documented(name):
 
 
 def test_unknown_attribute():
-    with pytest.raises(AttributeError, match="roi_align"):
-        jax_roipool.roi_align  # noqa: B018
+    with pytest.raises(AttributeError, match="no_such_name"):
+        jax_roipool.no_such_name  # noqa: B018

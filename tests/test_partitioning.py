@@ -119,3 +119,17 @@ def test_groups_come_before_channels_and_both_before_rois():
     assert mesh_axes([("gnhwc", maps), ("gke", types(POOL, k="x")[1])])["k"] == ()
     split = mesh_axes([("gnhwc", maps), ("gke", types(POOL, g="x")[1])])
     assert (split["g"], split["c"]) == (("x",), ())
+
+
+WEIGHTS = Axes(("gnhwc", "gkpqc", "gke", "gkqv"), ("gkpt",), packed_index=2)
+
+
+def test_results_without_channels_are_summed_over_them():
+    sizes = {"t": 4, "v": 4}
+    made = planned(WEIGHTS, sizes, g="x", c="y")
+    assert made.in_specs[0] == P("x", None, None, None, "y")
+    assert made.in_specs[1] == P("x", None, None, None, "y")
+    assert made.out_specs == (P("x", None, None, None),)
+    assert (made.channels_over, made.summed_over) == (("y",), ())
+    assert planned(WEIGHTS, sizes, k="x").channels_over == ()
+    assert planned(POOL, c="y").channels_over == planned(SCATTER, c="y").channels_over == ()

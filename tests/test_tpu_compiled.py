@@ -3,6 +3,7 @@
 The programs are compiled for v4, v5e, v5p and v6e, and not run: there is no TPU here.
 """
 
+import contextlib
 import math
 
 import jax
@@ -330,3 +331,50 @@ def test_compared_cells_loop_over_many_rois_at_a_time(rois):
     assert compiled.temporary_bytes < 2 * dense.CHUNK_BYTES + 3 * sum(
         nbytes(x.shape, x.dtype) for x in arguments
     )
+
+
+def average(name="roi_align", **options):
+    def pool(features, rois):
+        return getattr(jax_roipool, name)(features, rois, 7, **options)
+
+    return pool
+
+
+def gradients_of(pool):
+    """Those of features and RoIs, for a given cotangent."""
+    return lambda features, rois, cotangent: jax.vjp(pool, features, rois)[1](cotangent)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("sampling_ratio", (2, None))
+def test_averages_neither_gather_nor_scatter(sampling_ratio, generation):
+    for workload, mib in (("vgg-train", 1), ("fpn-p2", 200)):
+        features, rois = WORKLOADS[workload]
+        pool = average(sampling_ratio=sampling_ratio)
+        forward = Compiled(pool, *forward_arguments(features, rois, generation=generation))
+        arguments = all_arguments(features, rois, generation=generation)
+        gradient = Compiled(lambda *x, pool=pool: gradients_of(pool)(*x)[0], *arguments)
+        for compiled in (forward, gradient):
+            assert compiled.count("gather", "scatter", "dynamic-gather") == 0
+            # A copy of the maps, or their sums, and a chunk of RoIs.
+            assert compiled.temporary_bytes < mib << 20
+
+
+def test_nor_do_the_gradients_of_rois():
+    arguments = all_arguments(*WORKLOADS["fpn"])
+    compiled = Compiled(gradients_of(average("pr_roi_pool")), *arguments)
+    assert compiled.count("gather", "scatter") == 0
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+def test_averages_on_several_devices_move_no_features(kind):
+    four = mesh(2, 2, kind=kind)
+    shapes = ((4, 50, 60, 256), P("x", None, None, "y")), ((4, 64, 4), P("x"))
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(four, spec))
+        for shape, spec in shapes
+    ]
+    with jax.set_mesh(four) if kind == AxisType.Explicit else contextlib.nullcontext():
+        compiled = Compiled(average(sampling_ratio=2), *arguments)
+    assert compiled.count(*COLLECTIVES) == compiled.count("all-reduce") <= 2
+    assert compiled.largest("all-reduce") <= 1  # whether all is finite

@@ -16,16 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_roipool._backends.chunks import map_in_chunks, to_chunks
 from jax_roipool._backends.rectangle_max.ordered import from_bits, to_bits
 from jax_roipool._backends.rectangle_max.portable import (
     first_maximum,
     has_image,
     image_of,
-    map_in_chunks,
     nothing,
     pool_in_chunks,
     split_edges,
-    to_chunks,
 )
 from jax_roipool._manual_axes import vary_with
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_roipool._backends.chunks import map_in_chunks
 from jax_roipool._backends.rectangle_max.ordered import from_ordered, lowest, to_ordered
 
 INDEX_LIMIT = 2**31
@@ -119,35 +119,6 @@ def pool_in_chunks(
         argmax_dtype=argmax_dtype,
         empty_value=empty_value,
     )
-
-
-def map_in_chunks(
-    function: Callable[..., Sequence[jax.Array]], operands: Sequence[jax.Array], chunk: int
-) -> list[jax.Array]:
-    """`function`, of `[G, ...]` to such, over the RoIs of operands `[G, K, ...]`, by chunks."""
-    num_rois = operands[0].shape[1]
-    results = lax.map(lambda chunk: jax.vmap(function)(*chunk), to_chunks(operands, chunk))
-    results = [jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:num_rois] for x in results]
-    return [jnp.moveaxis(x, 0, 1) for x in results]
-
-
-def to_chunks(operands: Sequence[jax.Array], chunk: int) -> tuple[jax.Array, ...]:
-    """`[steps, RoIs a step, G, ...]` of each `[G, K, ...]`, filled up with zeros at the end.
-
-    Neighbours go to different steps, so that RoIs which are spread over devices stay there.
-    """
-    num_rois = operands[0].shape[1]
-    steps = math.ceil(num_rois / chunk)
-    # Better a few steps more than RoIs that are not there.
-    steps = next((s for s in range(steps, 2 * steps) if num_rois % s == 0), steps)
-    chunk = math.ceil(num_rois / steps)
-
-    def to_steps(x):
-        x = jnp.pad(x, [(0, 0), (0, steps * chunk - num_rois)] + [(0, 0)] * (x.ndim - 2))
-        x = jnp.moveaxis(x, 1, 0).reshape(chunk, steps, x.shape[0], *x.shape[2:])
-        return jnp.swapaxes(x, 0, 1)
-
-    return tuple(map(to_steps, operands))
 
 
 def image_of(keys: jax.Array, image_index: jax.Array) -> jax.Array:
