@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import average_oracle as oracle
+from harness import some_by_default
 from jax_roipool._rois import canonical_rois
 from jax_roipool._taps import align_taps
 
@@ -45,7 +46,7 @@ def in_cells(rois, spatial_scale):
     return np.clip(rois * np.float32(spatial_scale), -(2.0**29), 2.0**29)
 
 
-@pytest.mark.parametrize("spatial_scale", (1, SCALE))
+@pytest.mark.parametrize("spatial_scale", some_by_default((1, SCALE), (SCALE,)))
 @pytest.mark.parametrize("aligned", (True, False))
 @pytest.mark.parametrize("sampling_ratio", ((1, 2), (3, 1)))
 def test_samples_of_a_fixed_ratio(sampling_ratio, aligned, spatial_scale):
