@@ -227,6 +227,7 @@ INTEGERS = {"features": np.ones((4, 5, 1), np.int32)}
 ERRORS = {
     "integers": (TypeError, INTEGERS, "features", "int32", "float32"),
     "ratio of zero": (ValueError, {"sampling_ratio": 0}, "sampling_ratio", "None", "got 0"),
+    "ratio of zero along H": (ValueError, {"sampling_ratio": (0, 2)}, "got (0, 2)"),
     "torchvision's ratio": (ValueError, {"sampling_ratio": -1}, "torchvision's -1", "got -1"),
     "ratio past the most": (ValueError, {"sampling_ratio": 4097}, "4096", "4097"),
     "ratio of a half": (TypeError, {"sampling_ratio": 0.5}, "sampling_ratio", "0.5"),
