@@ -12,12 +12,25 @@ from jax import lax
 
 def map_in_chunks(
     function: Callable[..., Sequence[jax.Array]], operands: Sequence[jax.Array], chunk: int
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """`function`, of `[G, ...]` to such, over the RoIs of operands `[G, K, ...]`, by chunks."""
+    return map_chunks(jax.vmap(function), operands, chunk)
+
+
+def map_chunks(function: Callable, operands: Sequence[jax.Array], chunk: int):
+    """`function`, of `[RoIs, G, ...]` to such, over the RoIs of operands `[G, K, ...]`, by chunks.
+
+    What it gives, an array or several, comes as `[G, K, ...]`.
+    """
     num_rois = operands[0].shape[1]
-    results = lax.map(lambda chunk: jax.vmap(function)(*chunk), to_chunks(operands, chunk))
-    results = [jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:num_rois] for x in results]
-    return [jnp.moveaxis(x, 0, 1) for x in results]
+    results = lax.map(lambda chunk: function(*chunk), to_chunks(operands, chunk))
+
+    def of_all(x):
+        x = jnp.swapaxes(x, 0, 1)
+        x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+        return jnp.moveaxis(x[:num_rois], 0, 1)
+
+    return jax.tree.map(of_all, results)
 
 
 def to_chunks(operands: Sequence[jax.Array], chunk: int) -> tuple[jax.Array, ...]:

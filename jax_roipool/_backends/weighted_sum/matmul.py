@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_roipool._backends.chunks import to_chunks
+from jax_roipool._backends.chunks import map_chunks, to_chunks
 from jax_roipool._backends.weighted_sum.cells import unpack
 from jax_roipool._manual_axes import vary_with
 
@@ -74,8 +74,7 @@ def row_weights(features, pooled, cells, columns, *, run, taps):
     dtype = _sum_dtype(features)
     features = features.astype(dtype)
 
-    def weigh(chunk):
-        pooled, cells, columns = chunk
+    def weigh(pooled, cells, columns):
         rows = jnp.ones((*pooled.shape[:3], *taps), jnp.float32)
         _, across, counts = _dense(cells, rows, columns, run, (n, H, W), dtype)
         pooled = jnp.where(counts, pooled.astype(dtype), 0)
@@ -84,7 +83,8 @@ def row_weights(features, pooled, cells, columns, *, run, taps):
         first = unpack(cells, rows.shape, columns.shape, run).rows
         return jnp.where(_is_at(first, run[0], H), weights[..., None, :], 0).sum(-1)
 
-    return [_of_chunks(weigh, (pooled, cells, columns), G * H * Q * C).astype(jnp.float32)]
+    weights = map_chunks(weigh, (pooled, cells, columns), _rois_at_a_time(G * H * Q * C))
+    return [weights.astype(jnp.float32)]
 
 
 def column_weights(features, pooled, cells, rows, *, run, taps):
@@ -96,8 +96,7 @@ def column_weights(features, pooled, cells, rows, *, run, taps):
     dtype = _sum_dtype(features)
     features = features.astype(dtype)
 
-    def weigh(chunk):
-        pooled, cells, rows = chunk
+    def weigh(pooled, cells, rows):
         columns = jnp.ones((*pooled.shape[:2], Q, *taps), jnp.float32)
         down, _, counts = _dense(cells, rows, columns, run, (n, H, W), dtype)
         pooled = jnp.where(counts, pooled.astype(dtype), 0)
@@ -108,7 +107,8 @@ def column_weights(features, pooled, cells, rows, *, run, taps):
         weights = jnp.where(is_image[..., None, :, None], weights, 0).sum(-2)
         return jnp.where(_is_at(first, run[1], W), weights[..., None, :], 0).sum(-1)
 
-    return [_of_chunks(weigh, (pooled, cells, rows), G * H * Q * C).astype(jnp.float32)]
+    weights = map_chunks(weigh, (pooled, cells, rows), _rois_at_a_time(G * H * Q * C))
+    return [weights.astype(jnp.float32)]
 
 
 def _sum(features, cells, rows, columns, run):
@@ -117,23 +117,13 @@ def _sum(features, cells, rows, columns, run):
     dtype = _sum_dtype(features)
     features = features.astype(dtype)
 
-    def pool_chunk(chunk):
-        cells, rows, columns = chunk
+    def pool_chunk(cells, rows, columns):
         down, across, counts = _dense(cells, rows, columns, run, map_shape, dtype)
         bands = _product("kgqnw,gnhwc->kghqc", across, features)
         return jnp.where(counts, _product("kgph,kghqc->kgpqc", down, bands), 0)
 
-    elements = G * map_shape[1] * columns.shape[2] * C
-    return _of_chunks(pool_chunk, (cells, rows, columns), elements)
-
-
-def _of_chunks(function, operands, elements_per_roi):
-    """`function` of operands `[RoIs, G, ...]`, over the RoIs of operands `[G, K, ...]`."""
-    K = operands[0].shape[1]
-    results = lax.map(function, to_chunks(operands, _rois_at_a_time(elements_per_roi)))
-    results = jnp.swapaxes(results, 0, 1)
-    results = results.reshape(results.shape[0] * results.shape[1], *results.shape[2:])
-    return jnp.moveaxis(results[:K], 1, 0)
+    chunk = _rois_at_a_time(G * map_shape[1] * columns.shape[2] * C)
+    return map_chunks(pool_chunk, (cells, rows, columns), chunk)
 
 
 def _dense(cells, rows, columns, run, map_shape, dtype):
