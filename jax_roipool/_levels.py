@@ -13,7 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_roipool._rois import as_array, check_mask, check_rois, describe, split_alike
+from jax_roipool._rois import (
+    as_array,
+    check_mask,
+    check_one_a_roi,
+    check_rois,
+    describe,
+    split_alike,
+)
 
 INFINITY_BITS = 0x7F800000  # of float32, as are the bits of all smaller numbers below
 
@@ -234,11 +241,7 @@ def _check_levels(levels: ArrayLike, rois: jax.Array) -> jax.Array:
         raise TypeError(
             f"levels must be of an integer dtype, indices into features, got {describe(levels)}"
         )
-    if levels.shape != rois.shape[:-1]:
-        raise ValueError(
-            f"levels must have one entry a RoI, shape {list(rois.shape[:-1])} for rois "
-            f"{describe(rois)}, got {describe(levels)}"
-        )
+    check_one_a_roi("levels", levels, rois)
     return split_alike(levels, rois)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_roipool._averages import average
+from jax_roipool._rois import check_pair
 from jax_roipool._taps import MAX_SAMPLES, align_taps
 
 
@@ -106,21 +105,11 @@ def check_sampling_ratio(sampling_ratio: int | tuple[int, int] | None) -> tuple[
     """Samples of a bin along the rows and along the columns, or None for adaptive ones."""
     if sampling_ratio is None:
         return None
-    is_pair = isinstance(sampling_ratio, (tuple, list))
-    ratios = sampling_ratio if is_pair else (sampling_ratio, sampling_ratio)
     expected = (
         f"sampling_ratio must be an int from 1 to {MAX_SAMPLES}, a pair of them, or None for "
         "samples by the size of a bin (torchvision's -1, and 0 in ONNX)"
     )
-    if len(ratios) != 2 or any(isinstance(ratio, (bool, np.bool_)) for ratio in ratios):
-        raise ValueError(f"{expected}, got {sampling_ratio!r}")
-    try:
-        rows, columns = map(operator.index, ratios)
-    except TypeError as error:
-        raise TypeError(f"{expected}, got {sampling_ratio!r}") from error
-    if not (1 <= rows <= MAX_SAMPLES and 1 <= columns <= MAX_SAMPLES):
-        raise ValueError(f"{expected}, got {sampling_ratio!r}")
-    return rows, columns
+    return check_pair("sampling_ratio", sampling_ratio, MAX_SAMPLES, expected)
 
 
 def _check_aligned(aligned: bool) -> bool:

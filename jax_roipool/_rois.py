@@ -132,11 +132,7 @@ def check_image_index(
             f"{name} must be of an integer dtype, got {describe(image_index)}; "
             "convert it by .astype(int)"
         )
-    if image_index.shape != rois.shape[:-1]:
-        raise ValueError(
-            f"{name} must have one entry a RoI, shape {list(rois.shape[:-1])} for {rois_name} "
-            f"{describe(rois)}, got {describe(image_index)}"
-        )
+    check_one_a_roi(name, image_index, rois, rois_name)
     return image_index
 
 
@@ -148,12 +144,17 @@ def check_mask(roi_mask: ArrayLike | None, rois: jax.Array) -> jax.Array | None:
         raise TypeError(
             f"roi_mask must be of dtype bool, True for a real RoI, got {describe(roi_mask)}"
         )
-    if roi_mask.shape != rois.shape[:-1]:
-        raise ValueError(
-            f"roi_mask must have one entry a RoI, shape {list(rois.shape[:-1])} for rois "
-            f"{describe(rois)}, got {describe(roi_mask)}"
-        )
+    check_one_a_roi("roi_mask", roi_mask, rois)
     return roi_mask
+
+
+def check_one_a_roi(name: str, x: jax.Array, rois: jax.Array, rois_name: str = "rois") -> None:
+    """Raises ValueError unless the array has an entry for each RoI."""
+    if x.shape != rois.shape[:-1]:
+        raise ValueError(
+            f"{name} must have one entry a RoI, shape {list(rois.shape[:-1])} for {rois_name} "
+            f"{describe(rois)}, got {describe(x)}"
+        )
 
 
 def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
@@ -178,22 +179,29 @@ def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
 
 def check_output_size(output_size: int | tuple[int, int]) -> tuple[int, int]:
     """`(P, Q)`, the bins along the rows and along the columns."""
-    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     expected = f"output_size must be an int or a pair (P, Q) of ints from 1 to {MAX_BINS}"
-    if isinstance(output_size, Tracer) or any(isinstance(size, Tracer) for size in sizes):
+    return check_pair("output_size", output_size, MAX_BINS, expected)
+
+
+def check_pair(
+    name: str, value: int | tuple[int, int], most: int, expected: str
+) -> tuple[int, int]:
+    """What an argument, an int from 1 on or a pair of them, says of rows and of columns."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if any(isinstance(number, Tracer) for number in pair):
         raise TypeError(
             f"{expected} that is known when a program is traced, as shapes depend on it, got "
-            f"{output_size}; name it in jax.jit(..., static_argnames='output_size'), which wants "
+            f"{value}; name it in jax.jit(..., static_argnames='{name}'), which wants "
             "a tuple for a pair, or fix it with functools.partial"
         )
-    if len(sizes) != 2 or any(isinstance(size, (bool, np.bool_)) for size in sizes):
-        raise ValueError(f"{expected}, got {output_size!r}")
+    if len(pair) != 2 or any(isinstance(number, (bool, np.bool_)) for number in pair):
+        raise ValueError(f"{expected}, got {value!r}")
     try:
-        rows, columns = map(operator.index, sizes)
+        rows, columns = map(operator.index, pair)
     except TypeError as error:
-        raise TypeError(f"{expected}, got {output_size!r}") from error
-    if not (1 <= rows <= MAX_BINS and 1 <= columns <= MAX_BINS):
-        raise ValueError(f"{expected}, got {output_size!r}")
+        raise TypeError(f"{expected}, got {value!r}") from error
+    if not (1 <= rows <= most and 1 <= columns <= most):
+        raise ValueError(f"{expected}, got {value!r}")
     return rows, columns
 
 

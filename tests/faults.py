@@ -233,8 +233,8 @@ FAULTS = (
     averages(
         "_roi_align.py",
         "a ratio of 0",
-        "if not (1 <= rows <= MAX_SAMPLES",
-        "if not (0 <= rows <= MAX_SAMPLES",
+        "return check_pair(",
+        "if sampling_ratio == 0:\n        return 0, 0\n    return check_pair(",
         "roi_align",
     ),
     averages(
@@ -261,8 +261,8 @@ FAULTS = (
     rois("the index is a coordinate", "rois[..., -4:]", "rois[..., :4]", "oracle parity"),
     rois("lists are int32", "isinstance(rois, (list, tuple)) else None", "False else None"),
     rois("any two batches", "rois.shape[0] != features.shape[0]", "False"),
-    rois("any mask", "roi_mask.shape != rois.shape[:-1]", "False"),
-    rois("half a bin", "1 <= rows <= MAX_BINS", "0 <= rows <= MAX_BINS"),
+    rois("masks of any length", "if x.shape != rois.shape[:-1]:", "if False:"),
+    rois("half a bin", "1 <= rows <= most", "0 <= rows <= most"),
     rois("narrow indices", "if index.dtype.itemsize >= 4:", "if True:", "dtypes bad_values"),
     rois(
         "masks stay where they are",
@@ -276,7 +276,12 @@ FAULTS = (
         "():\n        # What",
         "roi_align",
     ),
-    rois("indices of any length", "image_index.shape != rois.shape[:-1]", "False", "roi_align"),
+    rois(
+        "indices of any length",
+        "check_one_a_roi(name, image_index, rois, rois_name)",
+        "pass",
+        "roi_align",
+    ),
     rois(
         "indices of floats", "jnp.issubdtype(image_index.dtype, jnp.integer)", "True", "roi_align"
     ),
@@ -348,7 +353,7 @@ FAULTS = (
         "(gathered,) = gather_at_argmax_p(0 * gradient,",
     ),
     choice("XLA splits everything", "splits = not partitioned or", "splits = True or"),
-    choice("portable first", "None: kernels + portable", "None: portable + kernels"),
+    choice("portable first", "None: tried + portable", "None: portable + tried"),
     choice("aloud every time", "@functools.cache\ndef _warn_once", "def _warn_once"),
     choice(
         "any name",
