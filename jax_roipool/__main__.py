@@ -27,7 +27,8 @@ def main() -> int:
         help="compare every implementation that runs here with NumPy, and time it; without it: "
         "print what there is, and what is missing",
     )
-    parser.add_argument("--implementation", help="check this one alone")
+    names = [backend.name for backend in FAMILY.backends]
+    parser.add_argument("--implementation", choices=names, help="check this one alone")
     arguments = parser.parse_args()
     if arguments.command == "check":
         return _check.main(arguments.implementation)

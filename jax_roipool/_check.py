@@ -64,11 +64,11 @@ class Inputs(NamedTuple):
 
 
 def main(implementation: str | None = None) -> int:
-    """Prints what it finds, of one implementation or of all; 1 if one fails or is wrong."""
+    """Prints what it finds, of one implementation or all; 1 if one is wrong, or none was tried."""
     device, platform = jax.devices()[0], platform_of_devices()
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax_roipool", "jaxlib"))
     print(f"{', '.join(versions)}, {platform}: {device.device_kind}")
-    wrong = False
+    wrong = tried = False
     for backend in FAMILY.backends:
         if backend.platforms is not None and platform not in backend.platforms:
             continue
@@ -78,6 +78,7 @@ def main(implementation: str | None = None) -> int:
         if missing is not None:
             print(f"{backend.name}: not tried, {missing}")
             continue
+        tried = True
         faults = [fault for problem in PROBLEMS for fault in faults_in(problem, backend.name)]
         for fault in faults:
             print(f"{backend.name}: WRONG, {fault}")
@@ -86,10 +87,12 @@ def main(implementation: str | None = None) -> int:
             print(
                 f"{backend.name}: {len(PROBLEMS)} problems right to the bit; {times(backend.name)}"
             )
+    if not tried:
+        print(f"{implementation}: not tried, there is nothing of it on this platform")
     project = importlib.metadata.metadata("jax_roipool").get_all("Project-URL") or []
     place = next((url.split(", ")[1] for url in project if url.startswith("Issues")), "the project")
     print(f"Please report this, whatever it says: {place}")
-    return int(wrong)
+    return int(wrong or not tried)
 
 
 def platform_of_devices() -> str:
@@ -129,10 +132,7 @@ NAMES = ("maxima", "maxima beside an argmax", "argmax", "gradient", "sums in ord
 
 def answer(problem: Problem, implementation: str):
     """The library's, as one program. bfloat16 is widened, for NumPy to compare."""
-    options: dict[str, Any] = {
-        "convention": problem.convention,
-        "implementation": implementation,
-    }
+    options: dict[str, Any] = {"convention": problem.convention, "implementation": implementation}
 
     def pool(features, rois):
         return _roi_pool.roi_pool(features, rois, problem.output_size, **options)
@@ -211,6 +211,7 @@ def expected(problem: Problem) -> list[np.ndarray]:
     features = inputs.features.astype(dtype).astype(np.float64)  # exact, and compared as it is
     _, height, width, channels = features.shape
     rows, columns = problem.output_size
+    lowest = jnp.iinfo(dtype).min if dtype.kind in "iu" else -np.inf
     pooled = np.zeros(inputs.cotangent.shape)
     argmax = np.full(pooled.shape, -1, np.int32)
     for r, (index, *coordinates) in enumerate(inputs.rois):
@@ -223,7 +224,6 @@ def expected(problem: Problem) -> list[np.ndarray]:
             enumerate(down), enumerate(across)
         ):
             if top >= end or left >= right:
-                lowest = jnp.iinfo(dtype).min if dtype.kind in "iu" else -np.inf
                 pooled[r, p, q] = 0 if convention.empty_value == 0 else lowest
                 continue
             cells = features[int(index), top:end, left:right].reshape(-1, channels)
@@ -233,9 +233,10 @@ def expected(problem: Problem) -> list[np.ndarray]:
             pooled[r, p, q] = cells[best, np.arange(channels)]
             row, column = np.divmod(best, right - left)
             argmax[r, p, q] = (top + row) * width + left + column
+    pooled = pooled.astype(dtype)
     results = [pooled, pooled, argmax]
     if dtype.kind in "iu":
-        return [pooled.astype(dtype), pooled.astype(dtype), argmax]
+        return results
     own = np.nonzero(argmax >= 0)
     row, column = np.divmod(argmax[own], width)
     to = (inputs.rois[own[0], 0].astype(int), row, column, own[-1])
@@ -243,7 +244,6 @@ def expected(problem: Problem) -> list[np.ndarray]:
         sums = np.zeros(features.shape, np.float32)
         np.add.at(sums, to, cotangent[own].astype(dtype).astype(np.float32))  # in order
         results.append(sums.astype(dtype))
-    results[:2] = [pooled.astype(dtype)] * 2
     return [_widened(x) for x in results]
 
 

@@ -114,6 +114,12 @@ def test_a_failure_says_where_and_what_to_do(small, with_a_fault, capsys):
     assert "RuntimeError: no such kernel" in said
 
 
+@pytest.mark.parametrize("name", ("tpu", "none such"))
+def test_an_implementation_that_is_not_here_is_not_right(small, capsys, name):
+    assert _check.main(name) == 1
+    assert f"{name}: not tried" in capsys.readouterr().out
+
+
 def test_the_platform_is_the_one_that_programs_are_lowered_for():
     assert _check.platform_of_devices() == jax.default_backend() == "cpu"
 
