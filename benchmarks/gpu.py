@@ -82,7 +82,7 @@ VARIANTS = {
     ),
     "dense": (Variant("1024 MiB at once", dense, "CHUNK_BYTES", 1 << 30),),
 }
-BY_DEFAULT = ("cuda", "blocks")
+BY_DEFAULT = ("cpu", "cuda", "tpu", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +178,6 @@ def candidates(everything: bool) -> tuple[list, dict[str, str]]:
         elif everything or backend.name in BY_DEFAULT:
             variants = (None, *VARIANTS.get(backend.name, ()))
             found += [Ours(backend.name, variant) for variant in variants]
-    if len(found) == 1:  # nothing else is the default here
-        return candidates(everything=True)
     try:
         found.append(TorchvisionHere())
     except Exception as error:  # a library that is installed can fail to load in any way

@@ -324,12 +324,12 @@ def test_integers_have_no_gradient_kernel():
 
 @pytest.mark.parametrize("tile", plans.TILES)
 @pytest.mark.parametrize("dtype", (np.float32, np.float64, jnp.bfloat16))
-def test_six_warps_of_a_gradient_fit_a_multiprocessor_of_a_t4(tile, dtype):
+def test_seven_warps_of_a_gradient_fit_a_multiprocessor_of_a_t4(tile, dtype):
     """It has 64 KB of shared memory, and a kernel that asks for no more has 48 KB."""
     kernel = plans.scatter_at_argmax(LARGE, np.dtype(dtype), INT32, tile=tile)
     macros = dict(kernel.macros)
     sums = tile[0] * tile[1] * int(macros["VECTOR"]) * 32 * (8 if macros["SUM"] == "double" else 4)
-    assert 6 * (sums + 4 * 256) <= 64 * 1024
+    assert 7 * (sums + 4 * 256) <= 64 * 1024
 
 
 def test_large_rows_of_bins_are_shared_among_blocks():

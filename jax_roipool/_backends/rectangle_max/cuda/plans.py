@@ -34,7 +34,7 @@ MAX_LEVELS = 4
 CELLS_A_BIN = 128  # of a map, from which on tiles can be worth making
 WARP = 32
 # Of the gradient, the largest first. With 8 x 8 cells a multiprocessor of a T4, which has 64 KB of
-# shared memory, has room for 3 warps, with 4 x 8 for 6.
+# shared memory, has room for 3 warps, with 4 x 8 for 7.
 TILES = ((4, 8), (4, 4))
 ENOUGH_BLOCKS = 1024  # to prefer a larger tile
 
