@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -50,11 +51,16 @@ def compiled_programs(tmp_path_factory):
     """Detectors that start again find their programs, as their users' do; processes as well."""
     cache = CACHE | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs"))}
     before = {name: getattr(jax.config, name) for name in cache}
-    for name, value in cache.items():
-        jax.config.update(name, value)
+
+    def configure(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        # JAX decides only once whether there is a cache, and would keep it for the files after this.
+        compilation_cache.reset_cache()
+
+    configure(cache)
     yield {name.upper(): str(value) for name, value in cache.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
+    configure(before)
 
 
 def test_quickstart_prints_the_articles_answer(tmp_path, capsys, monkeypatch):
