@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from jax_roipool._backends.weighted_sum.cells import unpack
 from jax_roipool._bins import Convention, packed_edges
@@ -70,9 +71,10 @@ def align_taps(
       aligned: whether a cell's centre is half a cell after its index.
     """
     bins = _bins(cells, output_size, *((0.5, -np.inf) if aligned else (0.0, 1.0)))
-    sizes = np.array(map_size, np.int32).reshape(2, 1, 1)
+    sizes = _sizes(map_size).reshape(2, 1, 1)
     if sampling_ratio is None:
-        return _pack_runs(image_index, *_adaptive_samples(bins, sizes), output_size, map_size)
+        runs = _adaptive_samples(bins, sizes, _longest(map_size))
+        return _pack_runs(image_index, *runs, output_size, map_size)
     numbers = np.arange(max(sampling_ratio), dtype=np.float32)
     ratios = np.array(sampling_ratio, np.float32).reshape(2, 1, 1)
     first, weights = _samples(bins, numbers, ratios, sizes)
@@ -108,7 +110,7 @@ def _samples(bins: _Bins, number, samples, sizes) -> tuple[jax.Array, jax.Array]
     return cell.astype(jnp.int32), weights
 
 
-def _adaptive_samples(bins: _Bins, sizes: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _adaptive_samples(bins: _Bins, sizes, longest: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As many samples as a bin is cells long, rounded up; what is returned, `_pack_runs` takes."""
     samples = jnp.ceil(bins.length)
     divisor = jnp.maximum(samples, 1)
@@ -121,7 +123,7 @@ def _adaptive_samples(bins: _Bins, sizes: np.ndarray) -> tuple[jax.Array, jax.Ar
         jnp.clip(x, 0, sizes_of_bins - 1).astype(jnp.int32)
         for x in (bins.start, bins.start + bins.length + 1)
     )
-    cell_of_run = lax.iota(jnp.int32, sizes.max())
+    cell_of_run = lax.iota(jnp.int32, longest)
 
     def add_sample(i, weights):
         number = begin + i.astype(jnp.float32)
@@ -132,7 +134,7 @@ def _adaptive_samples(bins: _Bins, sizes: np.ndarray) -> tuple[jax.Array, jax.Ar
         return weights + before + jnp.where(at + 1 == cell_of_run, pair[..., 1], 0)
 
     most = jnp.max(end - begin, initial=0).astype(jnp.int32)
-    weights = jnp.zeros((*bins.start.shape, sizes.max()), jnp.float32)
+    weights = jnp.zeros((*bins.start.shape, longest), jnp.float32)
     weights = lax.fori_loop(0, most, add_sample, vary_with(weights, bins.start))
     return first, last, weights / divisor[..., None]
 
@@ -172,12 +174,12 @@ def pr_taps(
 ) -> Taps:
     """Precise RoI pooling's: the mean over a bin of each cell's hat function."""
     bins = _bins(cells, output_size, least=0.0)
-    sizes = np.array(map_size, np.int32).reshape(2, 1)
+    sizes = _sizes(map_size).reshape(2, 1)
     start, end = bins.start, bins.start + bins.length
     first, last = (
         jnp.clip(lax.stop_gradient(x), 0, sizes - 1).astype(jnp.int32) for x in (start, end + 1)
     )
-    cell = (first[..., None] + lax.iota(jnp.int32, sizes.max())).astype(jnp.float32)
+    cell = (first[..., None] + lax.iota(jnp.int32, _longest(map_size))).astype(jnp.float32)
     start, end, length = start[..., None] - cell, end[..., None] - cell, bins.length[..., None]
     # A hat is a line on each side of its cell, and the mean of a line is its value in the middle.
     weights = 0.0
@@ -208,7 +210,7 @@ def crop_taps(
       The taps, and whether the sample of a bin is on the map, bool `[G, K, P, Q]`.
     """
     start, end = boxes[..., 1::-1], boxes[..., :1:-1]
-    last = np.array(map_size, np.float32) - 1
+    last = _sizes(map_size).astype(np.float32) - 1
     steps = np.array(output_size, np.float32) - 1
     length = float32_quotient(float32_product(end - start, last), np.maximum(steps, 1))
     begin = float32_product(jnp.where(steps > 0, start, (start + end) / 2), last)
@@ -252,6 +254,18 @@ def split_bins(taps: Taps) -> Taps:
     ]
     first = [of_bins(cells.rows, 0), of_bins(cells.columns, 1)]
     return _pack(of_rois(cells.image_index), first, weights, of_rois(cells.counts))
+
+
+def _sizes(map_size: tuple[int, int]):
+    """H and W as an array, a constant unless they are symbolic."""
+    if any(map(is_symbolic_dim, map_size)):
+        return jnp.stack([jnp.asarray(size, jnp.int32) for size in map_size])
+    return np.array(map_size, np.int32)
+
+
+def _longest(map_size: tuple[int, int]) -> int:
+    """So many cells that no run has more; symbols cannot be compared."""
+    return sum(map_size) if any(map(is_symbolic_dim, map_size)) else max(map_size)
 
 
 def _of_each_axis(

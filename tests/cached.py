@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_roipool import Convention, roi_pool
+from jax_roipool import Convention, roi_align, roi_pool
 
-OPTIONS = {"spec": {"features_spec": P("x")}, "xla": {"implementation": "xla"}}
+OPTIONS = {"xla": {"implementation": "xla"}} | dict.fromkeys(
+    ("spec", "align"), {"features_spec": P("x")}
+)
 
 
 def main(folder, how, empty_value):
@@ -30,8 +32,11 @@ def main(folder, how, empty_value):
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 
     def loss(features):
+        options = OPTIONS.get(how, {})
+        if how == "align":
+            return roi_align(features, rois, 2, aligned=empty_value == "0", **options).sum()
         convention = Convention(empty_value=float(empty_value))
-        return roi_pool(features, rois, 2, convention=convention, **OPTIONS.get(how, {})).sum()
+        return roi_pool(features, rois, 2, convention=convention, **options).sum()
 
     jax.block_until_ready(jax.jit(jax.value_and_grad(loss))(features))
     print(events.count("/jax/compilation_cache/cache_hits"))

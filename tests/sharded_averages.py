@@ -80,6 +80,18 @@ def everything(mesh):
             with_cotangent = *arguments, put(COTANGENT, pooled_spec)
             cases[f"{operator}, {name}, gradient"] = run(gradients, *with_cotangent)
 
+    if AxisType.Auto in mesh.axis_types:
+        features_spec, rois_spec, pooled_spec = LAYOUTS["batch and channels"]
+
+        def named(features, rois):
+            return jax_roipool.pr_roi_pool(features, rois, BINS, features_spec=features_spec)
+
+        cases["precise, batch and channels, named, gradient"] = run(
+            both_gradients(named),
+            *(put(FEATURES, features_spec), put(ROIS, rois_spec), put(COTANGENT, pooled_spec)),
+            on_one=both_gradients(OPERATORS["precise"]),
+        )
+
     def flat(features, rois, index):
         return jax_roipool.roi_align(features, rois, BINS, image_index=index, sampling_ratio=2)
 
@@ -112,12 +124,27 @@ def everything(mesh):
     return cases
 
 
+def pmapped():
+    """How far `pmap` over images is from one device, in both passes."""
+    arguments = FEATURES, ROIS, COTANGENT
+    return [
+        float(np.abs(np.asarray(actual) - np.asarray(wanted)).max())
+        for pool in OPERATORS.values()
+        for actual, wanted in zip(
+            jax.pmap(both_gradients(pool))(*arguments),
+            jax.jit(both_gradients(pool))(*arguments),
+            strict=True,
+        )
+    ]
+
+
 def main():
     results = {}
     for mode, kind in (("auto", AxisType.Auto), ("explicit", AxisType.Explicit)):
         mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
         with jax.set_mesh(mesh):
             results[mode] = everything(mesh)
+    results["pmap"] = pmapped()
     print(json.dumps(results))
 
 

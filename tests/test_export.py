@@ -176,10 +176,58 @@ def test_symbolic_shapes(case, implementation):
         assert_same(gradient, wanted.astype(np.float32))
 
 
+def averages(features, rois, roi_mask):
+    """What the averages of either kind of taps pool, and the gradients of features and RoIs."""
+    options = {"output_size": OUTPUT_SIZE, "roi_mask": roi_mask}
+
+    def pool(features, rois):
+        return (
+            jax_roipool.roi_align(features, rois, sampling_ratio=2, **options),
+            jax_roipool.roi_align(features, rois, **options),
+            jax_roipool.roi_average_pool(features, rois, **options),
+            jax_roipool.pr_roi_pool(features, rois, **options),
+        )
+
+    pooled, pullback = jax.vjp(pool, features, rois)
+    return pooled, pullback(jax.tree.map(jnp.ones_like, pooled))
+
+
+def test_symbolic_shapes_of_averages():
+    shapes = "n, h, w, c", "n, k, 4", "n, k"
+    program = exported_with_symbols(shapes, averages, platforms=("cpu",))
+    for n, k, h, w, c in ((2, 3, 7, 9, 2), (1, 5, 4, 30, 3)):
+        rois = np.stack([random_rois(k, h, w, seed) for seed in range(n)])
+        arguments = distinct_features((n, h, w, c)), rois, np.arange(n * k).reshape(n, k) % 3 > 0
+        for actual, wanted in zip(
+            jax.tree.leaves(program.call(*arguments)),
+            jax.tree.leaves(jax.jit(averages)(*arguments)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_symbolic_crops():
+    def crop(images, boxes, image_index):
+        return jax_roipool.crop_and_resize(images, boxes, image_index, OUTPUT_SIZE)
+
+    scope = export.SymbolicScope()
+    program = export.export(jax.jit(crop), platforms=("cpu",))(
+        *(
+            jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), dtype)
+            for shape, dtype in (("n, h, w, 3", np.float32), ("r, 4", np.float32), ("r", np.int32))
+        )
+    )
+    for n, r, h, w in ((2, 3, 7, 9), (1, 5, 4, 30)):
+        images, boxes = distinct_features((n, h, w, 3)), random_rois(r, 1, 1)
+        arguments = images, boxes, np.arange(r, dtype=np.int32) % n
+        assert_same(program.call(*arguments), jax.jit(crop)(*arguments))
+
+
 @pytest.mark.parametrize("platform", ("tpu", "cuda"))
 def test_symbolic_shapes_have_a_portable_backend_on_every_platform(platform):
     def pool(features, rois, roi_mask):
-        return jax_roipool.roi_pool(features, rois, 2, roi_mask=roi_mask)
+        align = jax_roipool.roi_align(features, rois, 2, roi_mask=roi_mask)
+        return align, jax_roipool.roi_pool(features, rois, 2, roi_mask=roi_mask)
 
     program = exported_with_symbols(("n, h, w, c", "n, k, 4", "n, k"), pool, (platform,))
     assert "custom_call @tpu" not in program.mlir_module()

@@ -164,7 +164,7 @@ def test_arrays_that_are_split_apart_give_one_devices_bits(group, results):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("how", ("spec", "explicit", "switch", "xla", "auto"))
+@pytest.mark.parametrize("how", ("spec", "explicit", "switch", "xla", "auto", "align"))
 def test_the_persistent_cache(how, tmp_path):
     def hits(empty_value):
         script = Path(__file__).with_name("cached.py")

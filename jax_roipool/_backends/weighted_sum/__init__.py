@@ -53,5 +53,5 @@ FAMILY = Family(
         Backend("matmul", _functions(matmul), is_partitionable=True),
     ),
     kernels={},
-    portable={"tpu": ("matmul",), "*": ("gather", "matmul")},
+    portable={"tpu": ("matmul", "gather"), "*": ("gather", "matmul")},
 )

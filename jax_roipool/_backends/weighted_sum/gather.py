@@ -29,7 +29,7 @@ INDEX_LIMIT = 2**31
 
 
 class _Axis(NamedTuple):
-    """Taps of R RoIs along one axis: at most a block of them, or whole blocks."""
+    """Taps of R RoIs along one axis: at most a block, or as many as whole blocks can reach."""
 
     cell: jax.Array  # int32 [R, bins, taps], inside of the map
     weight: jax.Array | None  # [R, bins, taps], if they have one
@@ -223,7 +223,7 @@ def _axis(first, weight, count, run, taps, size, dtype) -> _Axis:
     cell = jnp.clip(first[..., None] + lax.iota(jnp.int32, run), 0, size - 1)
     cell = cell.reshape(*cell.shape[:3], taps)
     used = jnp.clip(count, 0, taps)
-    padding = [(0, 0)] * 3 + [(0, -taps % BLOCK if taps > BLOCK else 0)]
+    padding = [(0, 0)] * 3 + [(0, 0 if _is_one_block(taps) else BLOCK - 1)]
     if weight is None:
         return _Axis(jnp.pad(cell, padding), None, jnp.full(cell.shape[:3], True), used)
     has_weight = weight != 0
@@ -231,6 +231,11 @@ def _axis(first, weight, count, run, taps, size, dtype) -> _Axis:
     cell = jnp.where(has_weight, cell, jnp.maximum(other, 0)[..., None])
     weight = jnp.pad(weight.astype(dtype), padding)
     return _Axis(jnp.pad(cell, padding), weight, other >= 0, used)
+
+
+def _is_one_block(taps: int) -> bool:
+    """What is symbolic may be more."""
+    return not is_symbolic_dim(taps) and taps <= BLOCK
 
 
 def _counts(rois: _Rois) -> jax.Array:
@@ -245,7 +250,7 @@ def _map_rois(function, operands, shapes):
     def one_by_one(operands):
         return lax.map(lambda x: function(jax.tree.map(lambda x: x[None], x))[0], operands)
 
-    if max(taps for *_, taps in shapes) <= BLOCK:
+    if all(_is_one_block(taps) for *_, taps in shapes):
         return function(operands)
     return lax.platform_dependent(operands, cpu=one_by_one, default=function)
 
@@ -253,12 +258,12 @@ def _map_rois(function, operands, shapes):
 def _over_blocks(rois: _Rois, step, result):
     """`step(starts, rows, columns, result)` from block to block, which has the first taps."""
     axes = rois.rows, rois.columns
-    if max(axis.cell.shape[2] for axis in axes) <= BLOCK:
+    if all(_is_one_block(axis.cell.shape[2]) for axis in axes):
         return step((0, 0), *axes, result)
     down, across = (jnp.maximum(-(-axis.used.max() // BLOCK), 1) for axis in axes)
 
     def block(axis, start):
-        if axis.cell.shape[2] <= BLOCK:
+        if _is_one_block(axis.cell.shape[2]):
             return axis
         cell, weight = (
             None if x is None else lax.dynamic_slice_in_dim(x, start, BLOCK, 2)
