@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from jax_roipool._backends.native import register_custom_calls
 from jax_roipool._backends.rectangle_max import CUSTOM_CALLS
-from jax_roipool._backends.rectangle_max.cpu import register_custom_calls
 from jax_roipool._bins import CONVENTIONS, Convention
 from jax_roipool._crop_and_resize import crop_and_resize
 from jax_roipool._levels import assign_levels, pool_levels

@@ -11,8 +11,8 @@ import jax
 
 import jax_roipool
 from jax_roipool import _check
-from jax_roipool._backends import problem_with
-from jax_roipool._backends.rectangle_max import FAMILY, cpu
+from jax_roipool._backends import native, problem_with
+from jax_roipool._backends.rectangle_max import FAMILY
 from jax_roipool._backends.rectangle_max.cuda import nvrtc
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -44,9 +44,9 @@ def diagnose() -> None:
     print(f"Python {sys.version.split()[0]}, {platform.platform()}, {platform.machine()}")
     print(f"devices: {', '.join(map(str, jax.devices()))}")
 
-    print(f"native library: {cpu.library_path() or 'none'}")
-    problem = cpu.load()
-    print(f"  not loaded: {problem}" if problem else f"  loaded, vectors: {cpu.vectors()}")
+    print(f"native library: {native.library_path() or 'none'}")
+    problem = native.load()
+    print(f"  not loaded: {problem}" if problem else f"  loaded, vectors: {native.vectors()}")
 
     print(f"NVRTC, for CUDA kernels: {nvrtc.description()}")
 

@@ -16,9 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from jax_roipool import Convention, roi_align, roi_pool
 
-OPTIONS = {"xla": {"implementation": "xla"}} | dict.fromkeys(
-    ("spec", "align"), {"features_spec": P("x")}
-)
+NAMED = {"features_spec": P("x")}
+OPTIONS = {"spec": NAMED, "align": NAMED, "xla": {"implementation": "xla"}}
 
 
 def main(folder, how, empty_value):
@@ -34,7 +33,7 @@ def main(folder, how, empty_value):
     def loss(features):
         options = OPTIONS.get(how, {})
         if how == "align":
-            return roi_align(features, rois, 2, aligned=empty_value == "0", **options).sum()
+            return roi_align(features, rois, 2, **options).sum()
         convention = Convention(empty_value=float(empty_value))
         return roi_pool(features, rois, 2, convention=convention, **options).sum()
 

@@ -21,7 +21,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "jax_roipool/"
 FAMILY = PACKAGE + "_backends/rectangle_max/"
 SUMS = PACKAGE + "_backends/weighted_sum/"
-NATIVE = FAMILY + "cpu/native/"
+LIBRARY = PACKAGE + "_backends/native/"
+NATIVE = LIBRARY + "src/"
 EXTENSION = "jax_roipool_cpu.so"
 
 
@@ -532,45 +533,48 @@ FAULTS = (
         "contract tpu",
     ),
     native(
-        "channel_loops.cc",
+        "maximum_loops.cc",
         "the last NaN wins",
         " & (maximum == maximum);\n  }\n  template <class V>\n  static auto is_same",
         ";\n  }\n  template <class V>\n  static auto is_same",
     ),
-    native("channel_loops.cc", "the last of equals", "(index < best)", "(index > best)"),
-    native("channel_loops.cc", "an odd cell's NaN", "i % 2 == 1 || i + 1 == count", "i % 2 == 1"),
+    native("maximum_loops.cc", "the last of equals", "(index < best)", "(index > best)"),
+    native("maximum_loops.cc", "an odd cell's NaN", "i % 2 == 1 || i + 1 == count", "i % 2 == 1"),
     native(
-        "channel_loops.cc",
+        "maximum_loops.cc",
         "unsigned is signed",
         "? std::numeric_limits<L>::min() : L(0)",
         "? L(0) : L(0)",
     ),
     native(
-        "channel_loops.cc",
+        "maximum_loops.cc",
         "float16 upside down",
         "bits > 0x7FFF ? -magnitude",
         "bits > 0x7FFF ? magnitude",
     ),
     native(
-        "channel_loops.cc",
+        "maximum_loops.cc",
         "a vector too few",
         "channel + W::kLanes <= channels; channel += W::kLanes) {\n    Lanes maximum",
         "channel + W::kLanes < channels; channel += W::kLanes) {\n    Lanes maximum",
     ),
-    native("channel_loops.cc", "reads past the map", "0 <= cell && cell < cells;", "true;"),
-    native("pooling.cc", "begins again", "resume_ = true;", "resume_ = false;"),
+    native("maximum_loops.cc", "reads past the map", "0 <= cell && cell < cells;", "true;"),
+    native("rectangle_max.cc", "begins again", "resume_ = true;", "resume_ = false;"),
     native(
-        "pooling.cc", "cell 0 for none", "std::memset(bin_argmax, 0xFF", "std::memset(bin_argmax, 0"
+        "rectangle_max.cc",
+        "cell 0 for none",
+        "std::memset(bin_argmax, 0xFF",
+        "std::memset(bin_argmax, 0",
     ),
     native(
-        "pooling.cc",
+        "rectangle_max.cc",
         "bad images pool empty",
         "if (has_image && empty_is_lowest)",
         "if (empty_is_lowest)",
     ),
-    native("pooling.cc", "groups share images", "!= image % map.num_images", "!= image"),
+    native("rectangle_max.cc", "groups share images", "!= image % map.num_images", "!= image"),
     native(
-        "pooling.cc",
+        "rectangle_max.cc",
         "tiles reach out",
         "{(rows.start + 1) / 2, rows.end / 2}",
         "{rows.start / 2, rows.end / 2}",
@@ -586,7 +590,77 @@ FAULTS = (
         "shapes.h", "an image too many", "index < map_.num_images ?", "index <= map_.num_images ?"
     ),
     native(
-        "handlers.cc",
+        "sum_loops.cc",
+        "all vectors read the first",
+        "load_to_sum<E, W>(cell + i * W::kLanes)",
+        "load_to_sum<E, W>(cell)",
+        "weighted_sum",
+    ),
+    native(
+        "sum_loops.cc",
+        "rows weigh the square",
+        "const Sum weight = Sum(row.weight) * Sum(column.weight);\n          const T* const",
+        "const Sum weight = Sum(row.weight) * Sum(row.weight);\n          const T* const",
+        "weighted_sum roi_align",
+    ),
+    native(
+        "elements.h",
+        "bfloat16 rounds halves up",
+        "bits + 0x7FFFu + (bits >> 16 & 1u)",
+        "bits + 0x8000u",
+        "weighted_sum",
+    ),
+    native(
+        "elements.h",
+        "float16 has no subnormals",
+        "rounded = magnitude < (113u << 23) ?",
+        "rounded = magnitude < (103u << 23) ?",
+        "weighted_sum",
+    ),
+    native(
+        "weighted_sum.cc",
+        "a weight of 0 counts",
+        "if (weights[t] == 0) continue;",
+        "",
+        "weighted_sum roi_align",
+    ),
+    native(
+        "weighted_sum.cc",
+        "runs over the border",
+        "std::clamp<int64_t>(start + t - begin, 0, axis.size - 1)",
+        "std::clamp<int64_t>(start, 0, axis.size - 1) + t - begin",
+        "weighted_sum",
+    ),
+    native(
+        "weighted_sum.cc",
+        "groups share images",
+        "!= image % map.num_images",
+        "!= image",
+        "weighted_sum averages",
+    ),
+    native(
+        "weighted_sum.cc",
+        "bins without an image keep garbage",
+        "if (bins.image_index(roi) < 0) {",
+        "if (false) {",
+        "weighted_sum roi_align",
+    ),
+    native(
+        "weighted_sum.cc",
+        "bands overlap",
+        "(band + 1) * map.height / bands}",
+        "(band + 1) * map.height / bands + 1}",
+        "weighted_sum roi_align",
+    ),
+    native(
+        "weighted_sum.h",
+        "an image too many",
+        "index < num_images_ ?",
+        "index <= num_images_ ?",
+        "weighted_sum roi_align",
+    ),
+    native(
+        "rectangle_max_handlers.cc",
         "any argmax",
         "map.cells() - 1 <= std::numeric_limits<int16_t>::max()",
         "map.cells() - 1 <= std::numeric_limits<int32_t>::max()",
@@ -771,7 +845,7 @@ class Workplace:
     def compile(self) -> bool:
         if self._run("cmake", "--build", self.build).returncode:
             return False
-        shutil.copy(self.build / EXTENSION, self.folder / FAMILY / "cpu" / EXTENSION)
+        shutil.copy(self.build / EXTENSION, self.folder / LIBRARY / EXTENSION)
         return True
 
     def try_out(self, fault: Fault, full: bool) -> str:
@@ -795,7 +869,7 @@ class Workplace:
             return found[0][:110] if found else f"found (exit code {process.returncode})"
         finally:
             path.write_text(before)
-            shutil.copy(self.build.parent / EXTENSION, self.folder / FAMILY / "cpu" / EXTENSION)
+            shutil.copy(self.build.parent / EXTENSION, self.folder / LIBRARY / EXTENSION)
 
     def _run(self, *command):
         environment = os.environ | {"PYTHONPATH": str(self.folder), "JAX_PLATFORMS": "cpu"}

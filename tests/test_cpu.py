@@ -178,10 +178,10 @@ def test_the_baseline_vectors_give_the_same_bits():
     import json, sys
     sys.path.insert(0, {os.path.dirname(__file__)!r})
     import jax_roipool, numpy as np, test_cpu
-    from jax_roipool._backends.rectangle_max import cpu
+    from jax_roipool._backends import native
     features, rois = test_cpu.large_bins()
     pooled, argmax = test_cpu.pool(features, rois, 2)
-    print(json.dumps([cpu.vectors(), np.asarray(pooled).tolist(), argmax.tolist()]))
+    print(json.dumps([native.vectors(), np.asarray(pooled).tolist(), argmax.tolist()]))
     """
     vectors, pooled, argmax = run(program, JAX_ROIPOOL_CPU_VECTORS="baseline")
     assert vectors == "baseline"
@@ -195,11 +195,11 @@ def test_vectors_that_there_are_not_are_an_error_that_lists_those_there_are():
     import json, sys
     sys.path.insert(0, {os.path.dirname(__file__)!r})
     import jax, numpy as np, test_cpu
-    from jax_roipool._backends.rectangle_max import cpu
+    from jax_roipool._backends import native
     try:
         jax.block_until_ready(test_cpu.pool(np.ones((4, 4, 1)), np.ones((1, 4)), 2))
     except jax.errors.JaxRuntimeError as error:
-        print(json.dumps([cpu.vectors(), str(error)]))
+        print(json.dumps([native.vectors(), str(error)]))
     """
     for wrong in "sse9", "AVX2":
         for said in run(program, JAX_ROIPOOL_CPU_VECTORS=wrong):

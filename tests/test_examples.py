@@ -55,7 +55,7 @@ def compiled_programs(tmp_path_factory):
     def configure(values):
         for name, value in values.items():
             jax.config.update(name, value)
-        # JAX decides only once whether there is a cache, and would keep it for the files after this.
+        # JAX decides once whether there is a cache, and would keep it for the files after this.
         compilation_cache.reset_cache()
 
     configure(cache)

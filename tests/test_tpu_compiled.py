@@ -346,8 +346,8 @@ def gradients_of(pool):
 
 
 @pytest.mark.parametrize(
-    "sampling_ratio, generation",
-    (*((2, generation) for generation in GENERATIONS), (None, "v5e")),
+    ("sampling_ratio", "generation"),
+    ((2, "v5e"), (2, "v5p"), (None, "v5e")),  # v4 and v6e are as v5e, and take as long
 )
 def test_averages_neither_gather_nor_scatter(sampling_ratio, generation):
     features, rois = WORKLOADS["fpn-p2"]
@@ -364,7 +364,7 @@ def test_averages_neither_gather_nor_scatter(sampling_ratio, generation):
 
 
 def test_nor_do_the_gradients_of_rois():
-    arguments = all_arguments(*WORKLOADS["fpn"])
+    arguments = all_arguments((2, 20, 30, 128), 32)
     compiled = Compiled(gradients_of(average("pr_roi_pool")), *arguments)
     assert compiled.count("gather", "scatter") == 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import at_once
-from harness import as_numpy
+from harness import as_numpy, assert_same, skip_unless_it_can_be_used
 from jax_roipool._backends.weighted_sum import FAMILY
 
 
@@ -34,6 +34,8 @@ class Shape(NamedTuple):
 SAMPLES = Shape("samples", (2, 3, 5, 9, 3), 26, (3, 2), (4, 2), (2, 2))
 RUNS = Shape("runs", (2, 2, 11, 7, 3), 21, (2, 3), (11, 7), (11, 7))
 MIXED = Shape("mixed", (1, 2, 6, 8, 2), 15, (1, 2), (6, 3), (2, 1))
+# Many vectors of channels, single ones, and channels that fill none.
+WIDE = Shape("wide", (1, 2, 5, 6, 149), 9, (2, 2), (4, 4), (2, 2))
 NAMES = ("weighted_sum", "weighted_scatter", "row_weights", "column_weights")
 
 
@@ -123,8 +125,13 @@ def expected(shape, dtype=np.float32):
     )
 
 
+BACKENDS = ("cpu", "gather", "matmul")
+
+
 @functools.cache
 def compiled(backend, name, shape):
+    if backend == "cpu":
+        skip_unless_it_can_be_used("cpu")
     function = FAMILY.named(backend).functions[name]
     of_name = {
         "weighted_scatter": {"map_shape": shape.features[1:4]},
@@ -164,7 +171,8 @@ def check(backend, name, shape, dtype=np.float32):
 
 
 CASES = [
-    *(("gather", shape, np.float32) for shape in (SAMPLES, RUNS)),
+    *((backend, shape, np.float32) for backend in ("cpu", "gather") for shape in (SAMPLES, RUNS)),
+    *(("cpu", WIDE, dtype) for dtype in (np.float32, jnp.bfloat16, np.float16)),
     (at_once.AVERAGE_NAME, RUNS, np.float32),
     ("matmul", SAMPLES, np.float32),
     *(
@@ -189,8 +197,27 @@ def test_the_contract(backend, shape, dtype, name):
     check(backend, name, shape, dtype)
 
 
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, np.float16))
+@np.errstate(over="ignore")
+def test_sums_of_narrow_floats_are_rounded_once(dtype):
+    """To the nearest, of two to the even one: subnormals, infinities and ties included."""
+    arrays = problem(WIDE)
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 16, (2, *arrays.features.shape), np.uint16)
+    size = 2.0 ** rng.integers(-26, 17, arrays.features.shape)
+    some = (bits[0] & 0x8FFF).view(dtype), (size * arrays.features).astype(dtype)
+    features = np.where(bits[1] % 4 == 0, *some)
+    ones = np.ones_like(arrays.rows), np.ones_like(arrays.columns)
+    for weights in (arrays[3:], ones, (ones[0] / 2, ones[1])):
+        run = compiled("cpu", "weighted_sum", WIDE)
+        operands = arrays.pooled, arrays.cells, *weights
+        wanted = np.asarray(run(features.astype(np.float32), *operands)).astype(dtype)
+        assert_same(run(features, *operands), wanted)
+    assert 0.05 < (np.abs(wanted.astype(np.float32)) < 2.0**-15).mean() < 0.95
+
+
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
-@pytest.mark.parametrize("backend", ("gather", "matmul"))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_cells_without_weight_are_not_seen(backend, bad):
     arrays = problem(SAMPLES)
     ones = np.ones_like(arrays.pooled), arrays.cells, np.abs(arrays.rows), np.abs(arrays.columns)
@@ -203,7 +230,7 @@ def test_cells_without_weight_are_not_seen(backend, bad):
     np.testing.assert_array_equal(actual, wanted)
 
 
-@pytest.mark.parametrize("backend", ("gather", "matmul"))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_cells_with_weight_are(backend):
     arrays = problem(SAMPLES)
     rng = np.random.default_rng(1)
@@ -221,7 +248,7 @@ def test_cells_with_weight_are(backend):
     assert 0.1 < np.isfinite(wanted).mean() < 0.97
 
 
-@pytest.mark.parametrize("backend", ("gather", "matmul"))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_cotangents_without_an_image_go_nowhere(backend, name):
     arrays = problem(SAMPLES)
@@ -232,7 +259,7 @@ def test_cotangents_without_an_image_go_nowhere(backend, name):
     np.testing.assert_array_equal(run(arrays.features, pooled, *arrays[2:]), run(*arrays))
 
 
-@pytest.mark.parametrize("backend", ("gather", "matmul"))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_the_same_from_run_to_run(backend):
     shape = SAMPLES if backend == "matmul" else RUNS
     run, arrays = compiled(backend, "weighted_scatter", shape), problem(shape)
@@ -250,7 +277,7 @@ EMPTY = (
 
 
 @pytest.mark.parametrize("shape", EMPTY, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("backend", ("gather", "matmul"))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_axes_of_size_0(backend, shape):
     G, K, (P, Q) = shape.features[0], shape.rois, shape.bins
     runs = sum(b * t // r for b, t, r in zip(shape.bins, shape.taps, shape.run, strict=True))

@@ -12,12 +12,13 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "xla/ffi/api/c_api.h"
@@ -222,6 +223,9 @@ struct Array {
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 
+// In the order of their names, which is XLA's.
+using Attributes = std::map<std::string, std::variant<bool, int64_t>>;
+
 // How a call has ended.
 struct Outcome {
   XLA_FFI_Error_Code code = XLA_FFI_Error_Code_OK;
@@ -232,7 +236,7 @@ struct Outcome {
 // Calls a handler as XLA does, with `args` operands and then the results. The handler's allocation
 // number `failing` fails, if that is not negative.
 inline Outcome call(Handler* handler, Pool& pool, std::vector<Array>& arrays, size_t args,
-                    std::optional<bool> empty_is_lowest, bool flush_subnormals, int64_t failing) {
+                    Attributes attributes, bool flush_subnormals, int64_t failing = -1) {
   std::vector<XLA_FFI_Buffer> buffers;
   for (Array& array : arrays) {
     const bool is_null = buffers.size() < args && array.bytes() == 0;  // as XLA has it
@@ -245,13 +249,21 @@ inline Outcome call(Handler* handler, Pool& pool, std::vector<Array>& arrays, si
   std::vector<XLA_FFI_ArgType> arg_types(args, XLA_FFI_ArgType_BUFFER);
   std::vector<XLA_FFI_RetType> ret_types(arrays.size() - args, XLA_FFI_RetType_BUFFER);
 
-  constexpr char kName[] = "empty_is_lowest";
-  bool value = empty_is_lowest.value_or(false);
-  XLA_FFI_Scalar scalar = {XLA_FFI_DataType_PRED, &value};
-  XLA_FFI_ByteSpan name = {kName, sizeof kName - 1};
-  XLA_FFI_ByteSpan* names[] = {&name};
-  XLA_FFI_AttrType attr_types[] = {XLA_FFI_AttrType_SCALAR};
-  void* attrs[] = {&scalar};
+  std::vector<XLA_FFI_ByteSpan> spans;
+  std::vector<XLA_FFI_Scalar> scalars;
+  for (auto& [name, value] : attributes) {
+    spans.push_back({name.data(), name.size()});
+    if (bool* const flag = std::get_if<bool>(&value)) {
+      scalars.push_back({XLA_FFI_DataType_PRED, flag});
+    } else {
+      scalars.push_back({XLA_FFI_DataType_S64, &std::get<int64_t>(value)});
+    }
+  }
+  std::vector<XLA_FFI_ByteSpan*> names;
+  for (XLA_FFI_ByteSpan& span : spans) names.push_back(&span);
+  std::vector<void*> attrs;
+  for (XLA_FFI_Scalar& scalar : scalars) attrs.push_back(&scalar);
+  std::vector<XLA_FFI_AttrType> attr_types(attrs.size(), XLA_FFI_AttrType_SCALAR);
 
   XLA_FFI_CallFrame frame = {};
   frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
@@ -262,8 +274,8 @@ inline Outcome call(Handler* handler, Pool& pool, std::vector<Array>& arrays, si
                 pointers.data()};
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(ret_types.size()),
                 ret_types.data(), pointers.data() + args};
-  frame.attrs = {
-      XLA_FFI_Attrs_STRUCT_SIZE, nullptr, empty_is_lowest.has_value(), attr_types, names, attrs};
+  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,      static_cast<int64_t>(attrs.size()),
+                 attr_types.data(),         names.data(), attrs.data()};
 
   const FloatEnvironment environment(flush_subnormals);
   const unsigned mode = float_mode();

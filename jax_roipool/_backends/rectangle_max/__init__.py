@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jax_roipool._backends import Backend, Family
+from jax_roipool._backends import Backend, Family, native
 from jax_roipool._backends.rectangle_max import blocks, cpu, cuda, dense, segment_max, tpu
 
 
@@ -44,7 +44,9 @@ def _functions(module) -> dict[str, Callable]:
 
 FAMILY = Family(
     backends=(
-        Backend("cpu", _functions(cpu), frozenset({"cpu"}), cpu.load, takes_symbolic_shapes=True),
+        Backend(
+            "cpu", _functions(cpu), frozenset({"cpu"}), native.load, takes_symbolic_shapes=True
+        ),
         Backend("cuda", _functions(cuda), frozenset({"cuda"}), cuda.unavailable_reason),
         Backend("tpu", _functions(tpu), frozenset({"tpu"})),
         Backend("blocks", _functions(blocks), takes_symbolic_shapes=True),
@@ -56,5 +58,5 @@ FAMILY = Family(
     untried=frozenset({"cuda"}),
 )
 
-CUSTOM_CALLS = (*cpu.CUSTOM_CALLS, cuda.CUSTOM_CALL)
+CUSTOM_CALLS = (*native.CUSTOM_CALLS, cuda.CUSTOM_CALL)
 """The names of the custom calls in programs for CPUs and CUDA: `jax.export` is to let them pass."""

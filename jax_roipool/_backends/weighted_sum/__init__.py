@@ -37,8 +37,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jax_roipool._backends import Backend, Family
-from jax_roipool._backends.weighted_sum import gather, matmul
+from jax_roipool._backends import Backend, Family, native
+from jax_roipool._backends.weighted_sum import cpu, gather, matmul
 
 _NAMES = ("weighted_sum", "weighted_scatter", "row_weights", "column_weights")
 
@@ -49,9 +49,12 @@ def _functions(module) -> dict[str, Callable]:
 
 FAMILY = Family(
     backends=(
+        Backend(
+            "cpu", _functions(cpu), frozenset({"cpu"}), native.load, takes_symbolic_shapes=True
+        ),
         Backend("gather", _functions(gather), takes_symbolic_shapes=True),
         Backend("matmul", _functions(matmul), is_partitionable=True),
     ),
-    kernels={},
+    kernels={"cpu": ("cpu",)},
     portable={"tpu": ("matmul", "gather"), "*": ("gather", "matmul")},
 )

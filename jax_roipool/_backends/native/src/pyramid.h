@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "channel_loops.h"
+#include "loops.h"
 #include "parallel.h"
 #include "shapes.h"
 
@@ -24,7 +24,7 @@ class Pyramid {
   // images where they save more reads than they cost, and not where there is too little memory for
   // them. They take up to a third of the memory of the features, and as much again per byte of an
   // argmax.
-  Pyramid(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+  Pyramid(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
           const void* features, const Rectangles& rectangles, bool with_argmax,
           const Threads& threads);
 
@@ -38,9 +38,9 @@ class Pyramid {
     std::vector<std::unique_ptr<char[]>> memory;
   };
 
-  static bool add_levels(const ChannelLoops& loops, int64_t channels, int64_t count,
+  static bool add_levels(const MaximumLoops& loops, int64_t channels, int64_t count,
                          bool with_argmax, Image& image);
-  static void make_tiles(const ChannelLoops& loops, int64_t channels, const Image& image,
+  static void make_tiles(const MaximumLoops& loops, int64_t channels, const Image& image,
                          size_t level, int64_t band);
 
   std::vector<Image> images_;

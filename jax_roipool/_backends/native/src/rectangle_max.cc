@@ -1,4 +1,4 @@
-#include "pooling.h"
+#include "rectangle_max.h"
 
 #include <algorithm>
 #include <cstring>
@@ -13,7 +13,7 @@ namespace {
 // The maximum of one bin, from the cells and tiles that make it up.
 class Bin {
  public:
-  Bin(const ChannelLoops& loops, int64_t channels, const std::vector<Level>& levels, void* pooled,
+  Bin(const MaximumLoops& loops, int64_t channels, const std::vector<Level>& levels, void* pooled,
       void* argmax)
       : loops_(loops), channels_(channels), levels_(levels), pooled_(pooled), argmax_(argmax) {}
 
@@ -68,7 +68,7 @@ class Bin {
     count_ = 0;
   }
 
-  const ChannelLoops& loops_;
+  const MaximumLoops& loops_;
   const int64_t channels_;
   const std::vector<Level>& levels_;
   void *const pooled_, *const argmax_;
@@ -81,7 +81,7 @@ class Bin {
 
 }  // namespace
 
-void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                    const void* features, const Rectangles& rectangles, bool empty_is_lowest,
                    void* pooled, void* argmax, const Threads& threads) {
   if (shape.size() == 0) return;
@@ -116,21 +116,22 @@ void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledS
   };
   // Neighbouring bins read the same cells, so a thread takes whole RoIs if there are many.
   if (num_rois < 8 * threads.count) {
-    parallel_for(threads, num_rois * shape.bin_rows,
-                 [&](int64_t task) { pool_bin_row(task / shape.bin_rows, task % shape.bin_rows); });
+    parallel_for(threads, num_rois * shape.bin_rows, [&](int64_t task, int64_t) {
+      pool_bin_row(task / shape.bin_rows, task % shape.bin_rows);
+    });
   } else {
-    parallel_for(threads, num_rois, [&](int64_t roi) {
+    parallel_for(threads, num_rois, [&](int64_t roi, int64_t) {
       for (int64_t bin_row = 0; bin_row < shape.bin_rows; ++bin_row) pool_bin_row(roi, bin_row);
     });
   }
 }
 
-void gather_at_argmax(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+void gather_at_argmax(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                       const void* features, const void* argmax, const Rectangles& rectangles,
                       void* tangent, const Threads& threads) {
   const int64_t channels = shape.channels, bin_bytes = channels * loops.item_size;
   prefer_huge_pages(tangent, shape.size() * loops.item_size);
-  parallel_for(threads, shape.num_groups * shape.num_rois, [&](int64_t roi) {
+  parallel_for(threads, shape.num_groups * shape.num_rois, [&](int64_t roi, int64_t) {
     const int64_t image_index = rectangles.image_index(roi), group = roi / shape.num_rois;
     const int64_t image = group * map.num_images + std::max<int64_t>(image_index, 0);
     const int64_t cells = image_index < 0 ? 0 : map.cells();  // no argmax is one of no cells
@@ -142,7 +143,7 @@ void gather_at_argmax(const ChannelLoops& loops, const MapShape& map, const Pool
   });
 }
 
-void scatter_at_argmax(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+void scatter_at_argmax(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                        const void* cotangent, const void* argmax, const Rectangles& rectangles,
                        void* gradient, const Threads& threads) {
   const int64_t channels = map.channels, num_images = map.num_groups * map.num_images;
@@ -160,7 +161,7 @@ void scatter_at_argmax(const ChannelLoops& loops, const MapShape& map, const Poo
   // Where a thread reads a part of each bin only, the processor does not see what comes next.
   constexpr int64_t kBinsAhead = 8;
 
-  parallel_for(threads, num_images * blocks, [&](int64_t task) {
+  parallel_for(threads, num_images * blocks, [&](int64_t task, int64_t) {
     const int64_t image = task / blocks, group = image / map.num_images;
     const int64_t channel = task % blocks * block, count = std::min(block, channels - channel);
     const auto cotangent_of = [&](int64_t bin) {

@@ -1,207 +1,8 @@
-// Compiled once per set of vector instructions, with VECTORS as the name of the set.
-//
-// Nothing with a weak symbol may be defined here: no function of the standard library, and no
-// inline function or template outside of the anonymous namespace. Of equal weak symbols the linker
-// keeps any one, so code that runs on every processor could get the AVX-512 copy. run_sanitized, in
-// tests/native, looks for weak symbols.
-#include "channel_loops.h"
-
-#include <cstring>
-#include <limits>
-#include <type_traits>
+#include "elements.h"
+#include "loops.h"
 
 namespace jax_roipool::VECTORS {
 namespace {
-
-template <class To, class From>
-To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// One element, written as if it were a vector of one. It takes the channels that are left over,
-// and everything where the compiler has no vectors.
-struct One {
-  template <class T>
-  using Of = T;
-  static constexpr int64_t kLanes = 1;
-
-  template <class To, class From>
-  static To convert(From from) {
-    return static_cast<To>(from);
-  }
-};
-
-#if defined(__GNUC__)  // and Clang
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-template <class T, int kCount>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
-};
-
-// As many elements as fill a vector register with lanes of kLaneBytes.
-template <int kLaneBytes>
-struct Many {
-  static constexpr int64_t kLanes = kVectorBytes / kLaneBytes;
-  template <class T>
-  using Of = typename VectorOf<T, kLanes>::type;
-
-  template <class To, class From>
-  static Of<To> convert(From from) {
-    return __builtin_convertvector(from, Of<To>);
-  }
-};
-#else
-template <int kLaneBytes>
-using Many = One;
-#endif
-
-// `is_larger` says whether a value takes the place of the maximum of the values before that value.
-// The comparisons are written so that a compiler finds few instructions for them.
-
-struct FloatOrder {
-  static constexpr bool kHasNan = true;
-
-  template <class V>
-  static auto is_larger(V value, V maximum) {
-    return ((value <= maximum) == 0) & (maximum == maximum);
-  }
-  template <class V>
-  static auto is_same(V value, V maximum) {
-    return (value == maximum) | ((value != value) & (maximum != maximum));
-  }
-  template <class V>
-  static auto are_numbers(V a, V b) {
-    return (a <= b) | (a > b);
-  }
-};
-
-struct IntegerOrder {
-  static constexpr bool kHasNan = false;
-
-  template <class V>
-  static auto is_larger(V value, V maximum) {
-    return value > maximum;
-  }
-  template <class V>
-  static auto is_same(V value, V maximum) {
-    return value == maximum;
-  }
-};
-
-// Elements: the type that is stored, the lane that values are compared in, and the type that
-// gradients are summed in. A width, W, is One or Many.
-
-template <class T>
-struct Float : FloatOrder {
-  using Stored = T;
-  using Lane = T;
-  using Sum = T;
-
-  template <class W, class V>
-  static V to_lane(V stored) {
-    return stored;
-  }
-  template <class W, class V>
-  static V to_stored(V lane) {
-    return lane + T(0);  // -0 to 0
-  }
-  static constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  static T to_sum(T stored) { return stored; }
-};
-
-struct Bfloat16 : FloatOrder {
-  using Stored = uint16_t;
-  using Lane = float;
-  using Sum = float;
-
-  template <class W, class V>
-  static auto to_lane(V stored) {
-    auto bits = W::template convert<uint32_t>(stored) << 16;
-    return bit_cast<typename W::template Of<float>>(bits);
-  }
-  template <class W, class V>
-  static auto to_stored(V lane) {
-    auto bits = bit_cast<typename W::template Of<uint32_t>>(lane + 0.0f);
-    return W::template convert<uint16_t>(bits >> 16);  // exact: the lane was a bfloat16
-  }
-  static constexpr uint16_t kLowest = 0xFF80;
-  static float to_sum(uint16_t stored) { return to_lane<One>(stored); }
-};
-
-// Compared as integers of the same order, in which NaN is the largest.
-struct Float16 : IntegerOrder {
-  using Stored = uint16_t;
-  using Lane = int32_t;
-  using Sum = float;
-
-  template <class W, class V>
-  static auto to_lane(V stored) {
-    auto bits = W::template convert<int32_t>(stored);
-    auto magnitude = bits & 0x7FFF;
-    auto lane = bits > 0x7FFF ? -magnitude : magnitude;
-    return magnitude > 0x7C00 ? (magnitude | 0x7FFF) : lane;
-  }
-  template <class W, class V>
-  static auto to_stored(V lane) {
-    return W::template convert<uint16_t>(lane < 0 ? (-lane | 0x8000) : lane);
-  }
-  static constexpr uint16_t kLowest = 0xFC00;
-
-  static float to_sum(uint16_t stored) {
-    const uint32_t sign = (stored & 0x8000u) << 16, magnitude = stored & 0x7FFFu;
-    if (magnitude >= 0x7C00) {  // infinity or NaN
-      return bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-    }
-    // The bits of the magnitude, in a float's place for them, are the number times 2^-112.
-    const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-    return bit_cast<float>(bit_cast<uint32_t>(scaled) | sign);
-  }
-};
-
-template <class T, class L = int32_t>
-struct Integer : IntegerOrder {
-  using Stored = T;
-  using Lane = L;
-  using Sum = void;
-
-  // The signed integers of a lane hold all integers but unsigned ones of the same width, whose top
-  // bit is flipped.
-  static constexpr L kFlip =
-      std::is_unsigned_v<T> && sizeof(T) == sizeof(L) ? std::numeric_limits<L>::min() : L(0);
-
-  template <class W, class V>
-  static auto to_lane(V stored) {
-    return W::template convert<L>(stored) ^ kFlip;
-  }
-  template <class W, class V>
-  static auto to_stored(V lane) {
-    return W::template convert<T>(lane ^ kFlip);
-  }
-  static constexpr T kLowest = std::numeric_limits<T>::min();
-};
-
-template <class E, class W>
-auto load(const typename E::Stored* from) {
-  typename W::template Of<typename E::Stored> stored;
-  std::memcpy(&stored, from, sizeof stored);
-  return E::template to_lane<W>(stored);
-}
-
-template <class E, class W, class V>
-void store(V lane, typename E::Stored* to) {
-  const typename W::template Of<typename E::Stored> stored = E::template to_stored<W>(lane);
-  std::memcpy(to, &stored, sizeof stored);
-}
 
 // pooled[c] = the maximum of first[c] and of the [c] of `count` cells, from `channel` on, for as
 // many channels as fill vectors. Returns the first channel that is left. `Count` is an integer, or
@@ -290,12 +91,6 @@ int64_t merge_of(const typename E::Stored* first, const A* first_argmax,
   }
   return channel;
 }
-
-// An int that is known to the compiler. (The standard library's would have weak symbols.)
-template <int kValue>
-struct Constant {
-  constexpr operator int() const { return kValue; }
-};
 
 // Calls `loop` with a constant equal to `count`, which is at most kLimit.
 template <int kLimit, class Loop>
@@ -399,12 +194,12 @@ struct Loops {
       const int64_t cell = static_cast<const A*>(argmax)[c];
       if (0 <= cell && cell < cells) {
         static_cast<Sum*>(sums)[cell * stride + c] +=
-            E::to_sum(static_cast<const T*>(cotangent)[c]);
+            E::template to_sum<One>(static_cast<const T*>(cotangent)[c]);
       }
     }
   }
 
-  static constexpr ChannelLoops table() {
+  static constexpr MaximumLoops table() {
     if constexpr (std::is_void_v<Sum>) {
       return {sizeof(T), sizeof(A), 0, max, argmax, merge, fill_lowest, gather, nullptr};
     } else {
@@ -414,13 +209,13 @@ struct Loops {
 };
 
 template <class E>
-constexpr std::array<ChannelLoops, kArgmaxes> tables() {
+constexpr std::array<MaximumLoops, kArgmaxes> tables() {
   return {Loops<E, int16_t>::table(), Loops<E, int32_t>::table()};
 }
 
 }  // namespace
 
-const Tables kTables = {
+const MaximumTables kMaximumTables = {
     tables<Float<float>>(),      tables<Float<double>>(),
     tables<Bfloat16>(),          tables<Float16>(),
     tables<Integer<int8_t>>(),   tables<Integer<int16_t>>(),

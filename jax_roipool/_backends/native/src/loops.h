@@ -32,7 +32,7 @@ constexpr int kArgmaxes = 2;
 // its argmax, tangent and cotangent are [channels] too; `c` is a channel. NaN is larger than any
 // number and zeros are equal. The floating-point environment must be the default one: XLA's treats
 // subnormals as zeros.
-struct ChannelLoops {
+struct MaximumLoops {
   int64_t item_size;    // of an element
   int64_t argmax_size;  // of an argmax
   int64_t sum_size;     // of a sum of gradients, in float32 at least; 0 for integers
@@ -63,18 +63,53 @@ struct ChannelLoops {
                   int64_t stride, void* sums);
 };
 
-// In the order of Element and of Argmax.
-using Tables = std::array<std::array<ChannelLoops, kArgmaxes>, kElements>;
+// A cell of a row or of a column of bins, and what it weighs.
+struct Tap {
+  int64_t offset;  // of the row or the column, in elements of the map
+  float weight;
+};
 
-// The sets of vector instructions, as far as channel_loops.cc is compiled for them.
+struct Taps {
+  const Tap* taps;
+  int64_t count;
+
+  const Tap* begin() const { return taps; }
+  const Tap* end() const { return taps + count; }
+};
+
+// The cells of a bin are those of every row and every column, at the sum of their offsets, and
+// weigh the product of their weights: in that order, row by row. Arithmetic is that of sums, and no
+// multiplication is fused with an addition, so that every set of instructions gives the same bits.
+struct SumLoops {
+  int64_t item_size;  // of an element
+  int64_t sum_size;   // of a sum, in float32 at least
+
+  // pooled[c] = the sum over the cells of weight * cell[c], rounded once.
+  void (*sum)(const void* map, Taps rows, Taps columns, int64_t channels, void* pooled);
+
+  // cell[c] += weight * cotangent[c] for each cell of `sums`, in order.
+  void (*scatter)(const void* cotangent, Taps rows, Taps columns, int64_t channels, void* sums);
+};
+
+// In the order of Element and of Argmax.
+using MaximumTables = std::array<std::array<MaximumLoops, kArgmaxes>, kElements>;
+
+// In the order of Element, of which the floats come first.
+constexpr int kFloats = 4;
+using SumTables = std::array<SumLoops, kFloats>;
+
+// The sets of vector instructions, as far as *_loops.cc are compiled for them.
 namespace baseline {
-extern const Tables kTables;
-}
+extern const MaximumTables kMaximumTables;
+extern const SumTables kSumTables;
+}  // namespace baseline
 namespace avx2 {
-extern const Tables kTables;
-}
+extern const MaximumTables kMaximumTables;
+extern const SumTables kSumTables;
+}  // namespace avx2
 namespace avx512 {
-extern const Tables kTables;
-}
+extern const MaximumTables kMaximumTables;
+extern const SumTables kSumTables;
+}  // namespace avx512
 
 }  // namespace jax_roipool

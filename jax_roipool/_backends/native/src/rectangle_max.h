@@ -5,24 +5,24 @@
 // RoI without an image is 0, with an argmax of -1, and its cotangent goes nowhere.
 #pragma once
 
-#include "channel_loops.h"
+#include "loops.h"
 #include "parallel.h"
 #include "shapes.h"
 
 namespace jax_roipool {
 
 // `argmax` may be null.
-void rectangle_max(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                    const void* features, const Rectangles& rectangles, bool empty_is_lowest,
                    void* pooled, void* argmax, const Threads& threads);
 
-void gather_at_argmax(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+void gather_at_argmax(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                       const void* features, const void* argmax, const Rectangles& rectangles,
                       void* tangent, const Threads& threads);
 
 // `gradient` is of the type that sums are in. Every sum is in the order of RoIs and bins, whatever
 // the number of threads.
-void scatter_at_argmax(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+void scatter_at_argmax(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                        const void* cotangent, const void* argmax, const Rectangles& rectangles,
                        void* gradient, const Threads& threads);
 

@@ -29,7 +29,7 @@ void add_roi(Use& use, double bin_rows, double bin_cols, double rows, double col
 
 }  // namespace
 
-Pyramid::Pyramid(const ChannelLoops& loops, const MapShape& map, const PooledShape& shape,
+Pyramid::Pyramid(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                  const void* features, const Rectangles& rectangles, bool with_argmax,
                  const Threads& threads) {
   const int64_t num_images = map.num_groups * map.num_images;
@@ -61,7 +61,7 @@ Pyramid::Pyramid(const ChannelLoops& loops, const MapShape& map, const PooledSha
     const int64_t rows = int64_t{1} << use.levels;
     for (int64_t index = 0; index * rows < map.height; ++index) bands.push_back({i, index});
   }
-  parallel_for(threads, bands.size(), [&](int64_t i) {
+  parallel_for(threads, bands.size(), [&](int64_t i, int64_t) {
     const Image& image = images_[bands[i].image];
     for (size_t level = 1; level < image.levels.size(); ++level) {
       make_tiles(loops, map.channels, image, level, bands[i].index);
@@ -71,7 +71,7 @@ Pyramid::Pyramid(const ChannelLoops& loops, const MapShape& map, const PooledSha
 
 // Adds `count` levels whose tiles are still to be made. If there is too little memory for all of
 // them, it adds none and returns false: level 0 is enough.
-bool Pyramid::add_levels(const ChannelLoops& loops, int64_t channels, int64_t count,
+bool Pyramid::add_levels(const MaximumLoops& loops, int64_t channels, int64_t count,
                          bool with_argmax, Image& image) {
   try {
     for (int64_t level = 1; level <= count; ++level) {
@@ -94,7 +94,7 @@ bool Pyramid::add_levels(const ChannelLoops& loops, int64_t channels, int64_t co
 }
 
 // Makes the tiles of `level` that lie in a band of the image.
-void Pyramid::make_tiles(const ChannelLoops& loops, int64_t channels, const Image& image,
+void Pyramid::make_tiles(const MaximumLoops& loops, int64_t channels, const Image& image,
                          size_t level, int64_t band) {
   const Level &from = image.levels[level - 1], &to = image.levels[level];
   const int64_t value_bytes = channels * loops.item_size;

@@ -3,13 +3,20 @@
 
 #include <string>
 
-#include "channel_loops.h"
+#include "loops.h"
+
+#if defined(_WIN32)
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED __attribute__((visibility("default")))
+#endif
 
 namespace jax_roipool {
 
 struct Vectors {
   const char* name;
-  const Tables* tables;      // null if there is a problem
+  const MaximumTables* maxima;  // null if there is a problem, as the other
+  const SumTables* sums;
   std::string problem = "";  // why no set could be chosen
 };
 
@@ -18,3 +25,6 @@ struct Vectors {
 const Vectors& vectors();
 
 }  // namespace jax_roipool
+
+// The name of the vector instructions in use, or why there are none.
+extern "C" EXPORTED const char* jax_roipool_cpu_vectors();

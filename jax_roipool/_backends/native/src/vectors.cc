@@ -13,11 +13,12 @@ std::vector<Vectors> usable_vectors() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    usable.push_back({"avx512", &avx512::kTables});
+    usable.push_back({"avx512", &avx512::kMaximumTables, &avx512::kSumTables});
   }
-  if (__builtin_cpu_supports("avx2")) usable.push_back({"avx2", &avx2::kTables});
+  if (__builtin_cpu_supports("avx2"))
+    usable.push_back({"avx2", &avx2::kMaximumTables, &avx2::kSumTables});
 #endif
-  usable.push_back({"baseline", &baseline::kTables});
+  usable.push_back({"baseline", &baseline::kMaximumTables, &baseline::kSumTables});
   return usable;
 }
 
@@ -31,7 +32,7 @@ Vectors choose() {
     if (wanted == vectors.name) return vectors;
     names += std::string(names.empty() ? "" : ", ") + vectors.name;
   }
-  return {"none", nullptr,
+  return {"none", nullptr, nullptr,
           "the environment variable JAX_ROIPOOL_CPU_VECTORS must be unset or one of " + names +
               ", which this library and this processor have, got " + wanted};
 }
@@ -44,3 +45,8 @@ const Vectors& vectors() {
 }
 
 }  // namespace jax_roipool
+
+const char* jax_roipool_cpu_vectors() {
+  const jax_roipool::Vectors& vectors = jax_roipool::vectors();
+  return vectors.problem.empty() ? vectors.name : vectors.problem.c_str();
+}

@@ -17,6 +17,9 @@ struct Threads {
   int64_t count;
   // Runs a function at some time, on some thread.
   std::function<void(std::function<void()>)> schedule;
+
+  // No more of them than this work on so many tasks.
+  int64_t workers(int64_t tasks) const { return std::max<int64_t>(1, std::min(count, tasks)); }
 };
 
 // XLA's threads take subnormals for zeros; here they are numbers.
@@ -32,13 +35,14 @@ class DefaultFloatEnvironment {
   std::fenv_t before_;
 };
 
-// Runs task(0), ..., task(tasks - 1), some of them at the same time. A task must not throw.
+// Runs task(0, worker), ..., task(tasks - 1, worker), some of them at the same time, but none of
+// the same worker, who is in [0, threads.workers(tasks)). A task must not throw.
 //
 // Whoever is free takes the next task. The caller takes part, so all tasks get done even if the
 // pool never starts anything; the caller waits only for tasks that are under way. A helper that
 // starts late finds no task left, and touches nothing but the shared state.
 inline void parallel_for(const Threads& threads, int64_t tasks,
-                         const std::function<void(int64_t)>& task) {
+                         const std::function<void(int64_t, int64_t)>& task) {
   struct State {
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> left;
@@ -47,23 +51,24 @@ inline void parallel_for(const Threads& threads, int64_t tasks,
   };
   const auto state = std::make_shared<State>();
   state->left = tasks;
-  const auto work = [state, tasks, &task]() noexcept {
+  const auto work = [state, tasks, &task](int64_t worker) noexcept {
     const DefaultFloatEnvironment environment;
     for (int64_t i; (i = state->next.fetch_add(1)) < tasks;) {
-      task(i);
+      task(i, worker);
       if (state->left.fetch_sub(1) == 1) {
         const std::lock_guard lock(state->mutex);
         state->done.notify_one();
       }
     }
   };
-  const int64_t helpers = std::min(threads.count, tasks) - 1;
   try {
-    for (int64_t i = 0; i < helpers; ++i) threads.schedule(work);
+    for (int64_t i = 1; i < threads.workers(tasks); ++i) {
+      threads.schedule([work, i] { work(i); });
+    }
   } catch (const std::bad_alloc&) {
     // There are fewer helpers. Those that have started use `task`, so this function goes on.
   }
-  work();
+  work(0);
   std::unique_lock lock(state->mutex);
   state->done.wait(lock, [&] { return state->left <= 0; });
 }

@@ -1,0 +1,62 @@
+"""The CPU backend: handlers of the native library."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def rectangle_max(
+    features: jax.Array,
+    edges: jax.Array,
+    *,
+    output_size: tuple[int, int],
+    argmax_dtype: jax.typing.DTypeLike | None,
+    empty_value: float,
+) -> list[jax.Array]:
+    """Maxima, and argmaxes if asked for, `[G, K, P, Q, C]`.
+
+    Args:
+      features: `[G, n, H, W, C]`.
+      edges: `[G, K, 1 + 2P + 2Q]`, see `jax_roipool._backends.rectangle_max`.
+      output_size: (P, Q).
+      argmax_dtype: int32, int16, or None for no argmaxes.
+      empty_value: the maximum of a rectangle without cells, 0 or -inf.
+    """
+    shape = (*edges.shape[:2], *output_size, features.shape[4])
+    results = [jax.ShapeDtypeStruct(shape, features.dtype)]
+    with_argmax = argmax_dtype is not None
+    if with_argmax:
+        results.append(jax.ShapeDtypeStruct(shape, argmax_dtype))
+    name = "jax_roipool_cpu_argmax_v2" if with_argmax else "jax_roipool_cpu_max_v2"
+    return list(jax.ffi.ffi_call(name, results)(features, edges, empty_is_lowest=empty_value < 0))
+
+
+def gather_at_argmax(features: jax.Array, argmax: jax.Array, edges: jax.Array) -> list[jax.Array]:
+    """The features at each argmax, 0 where it is -1: `[G, K, P, Q, C]`.
+
+    Args:
+      features: `[G, n, H, W, C]`.
+      argmax: `[G, K, P, Q, C]`.
+      edges: `[G, K, 1 + 2P + 2Q]`, of which the index of the image is used.
+    """
+    # The handler takes whole edges: XLA then copies no slice in front of it.
+    result = jax.ShapeDtypeStruct(argmax.shape, features.dtype)
+    return [jax.ffi.ffi_call("jax_roipool_cpu_gather_v2", result)(features, argmax, edges)]
+
+
+def scatter_at_argmax(
+    cotangent: jax.Array, argmax: jax.Array, edges: jax.Array, *, map_shape: tuple[int, int, int]
+) -> list[jax.Array]:
+    """Each cotangent added at its argmax, none where it is -1: `[G, n, H, W, C]`.
+
+    Args:
+      cotangent: `[G, K, P, Q, C]`.
+      argmax: `[G, K, P, Q, C]`.
+      edges: `[G, K, 1 + 2P + 2Q]`, of which the index of the image is used.
+      map_shape: (n, H, W).
+    """
+    shape = (cotangent.shape[0], *map_shape, cotangent.shape[4])
+    sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32
+    call = jax.ffi.ffi_call("jax_roipool_cpu_scatter_v2", jax.ShapeDtypeStruct(shape, sum_dtype))
+    return [call(cotangent, argmax, edges).astype(cotangent.dtype)]
