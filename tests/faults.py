@@ -559,6 +559,24 @@ FAULTS = (
         "channel + W::kLanes < channels; channel += W::kLanes) {\n    Lanes maximum",
     ),
     native("maximum_loops.cc", "reads past the map", "0 <= cell && cell < cells;", "true;"),
+    native(
+        "maximum_loops.cc",
+        "the last row of equals",
+        "E::is_same(value, maximum) & (row < best_row)",
+        "E::is_same(value, maximum) & (row > best_row)",
+    ),
+    native(
+        "maximum_loops.cc",
+        "the last vector goes on",
+        "channel = channels - W::kLanes;",
+        "channel = channels - W::kLanes - 1;",
+    ),
+    native(
+        "rectangle_max.cc",
+        "strips forget the rows before",
+        "const bool resume = begin > rows.start;",
+        "const bool resume = false;",
+    ),
     native("rectangle_max.cc", "begins again", "resume_ = true;", "resume_ = false;"),
     native(
         "rectangle_max.cc",

@@ -56,10 +56,9 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(kCount * sizeof(T))));
 };
 
-// As many elements as fill a vector register with lanes of kLaneBytes.
-template <int kLaneBytes>
+template <int kCount>
 struct Many {
-  static constexpr int64_t kLanes = kVectorBytes / kLaneBytes;
+  static constexpr int64_t kLanes = kCount;
   template <class T>
   using Of = typename VectorOf<T, kLanes>::type;
 
@@ -68,9 +67,13 @@ struct Many {
     return __builtin_convertvector(from, Of<To>);
   }
 };
+
+// As many elements as fill a vector register, in lanes of that type.
+template <class Lane>
+using VectorsOf = Many<kVectorBytes / sizeof(Lane)>;
 #else
-template <int kLaneBytes>
-using Many = One;
+template <class Lane>
+using VectorsOf = One;
 #endif
 
 // `is_larger` says whether a value takes the place of the maximum of the values before that value.
@@ -107,7 +110,7 @@ struct IntegerOrder {
 };
 
 // Elements: the type that is stored, the lane that values are compared in, and the type that
-// gradients are summed in. A width, W, is One or Many.
+// gradients and weighted values are summed in. A width, W, is One or Many.
 
 template <class T>
 struct Float : FloatOrder {
@@ -134,25 +137,15 @@ struct Float : FloatOrder {
   }
 };
 
-struct Bfloat16 : FloatOrder {
+struct Bfloat16 {
   using Stored = uint16_t;
-  using Lane = float;
   using Sum = float;
+  static constexpr uint16_t kLowest = 0xFF80;
 
   template <class W, class V>
-  static auto to_lane(V stored) {
-    auto bits = W::template convert<uint32_t>(stored) << 16;
-    return bit_cast<typename W::template Of<float>>(bits);
-  }
-  template <class W, class V>
-  static auto to_stored(V lane) {
-    auto bits = bit_cast<typename W::template Of<uint32_t>>(lane + 0.0f);
-    return W::template convert<uint16_t>(bits >> 16);  // exact: the lane was a bfloat16
-  }
-  static constexpr uint16_t kLowest = 0xFF80;
-  template <class W, class V>
   static auto to_sum(V stored) {
-    return to_lane<W>(stored);
+    const auto bits = W::template convert<uint32_t>(stored) << 16;
+    return bit_cast<typename W::template Of<float>>(bits);
   }
   template <class W, class V>
   static auto from_sum(V sum) {
@@ -163,23 +156,9 @@ struct Bfloat16 : FloatOrder {
   }
 };
 
-// Compared as integers of the same order, in which NaN is the largest.
-struct Float16 : IntegerOrder {
+struct Float16 {
   using Stored = uint16_t;
-  using Lane = int32_t;
   using Sum = float;
-
-  template <class W, class V>
-  static auto to_lane(V stored) {
-    auto bits = W::template convert<int32_t>(stored);
-    auto magnitude = bits & 0x7FFF;
-    auto lane = bits > 0x7FFF ? -magnitude : magnitude;
-    return magnitude > 0x7C00 ? (magnitude | 0x7FFF) : lane;
-  }
-  template <class W, class V>
-  static auto to_stored(V lane) {
-    return W::template convert<uint16_t>(lane < 0 ? (-lane | 0x8000) : lane);
-  }
   static constexpr uint16_t kLowest = 0xFC00;
 
   template <class W, class V>
@@ -209,7 +188,42 @@ struct Float16 : IntegerOrder {
   }
 };
 
-template <class T, class L = int32_t>
+// Either of them, compared as integers of the same order, in which NaN is the largest.
+template <class Format, class L>
+struct Ordered : Format, IntegerOrder {
+  using Lane = L;
+
+  template <class W, class V>
+  static auto to_lane(V stored) {
+    const auto bits = W::template convert<L>(bit_cast<typename W::template Of<int16_t>>(stored));
+    const auto magnitude = bits & 0x7FFF;
+    const auto lane = bits < 0 ? -magnitude : magnitude;
+    constexpr int16_t kInfinity = Format::kLowest & 0x7FFF;
+    return magnitude > kInfinity ? (magnitude | 0x7FFF) : lane;
+  }
+  template <class W, class V>
+  static auto to_stored(V lane) {
+    constexpr int16_t kSign = std::numeric_limits<int16_t>::min();
+    return W::template convert<uint16_t>(lane < 0 ? (-lane | kSign) : lane);
+  }
+};
+
+// A bfloat16 in a lane of 32 bits is a float, which takes fewer steps to compare.
+struct WideBfloat16 : Bfloat16, FloatOrder {
+  using Lane = float;
+
+  template <class W, class V>
+  static auto to_lane(V stored) {
+    return to_sum<W>(stored);
+  }
+  template <class W, class V>
+  static auto to_stored(V lane) {
+    auto bits = bit_cast<typename W::template Of<uint32_t>>(lane + 0.0f);
+    return W::template convert<uint16_t>(bits >> 16);  // exact: the lane was a bfloat16
+  }
+};
+
+template <class T, class L>
 struct Integer : IntegerOrder {
   using Stored = T;
   using Lane = L;
@@ -232,7 +246,7 @@ struct Integer : IntegerOrder {
 };
 
 template <class E, class W>
-auto load(const typename E::Stored* from) {
+typename W::template Of<typename E::Lane> load(const typename E::Stored* from) {
   typename W::template Of<typename E::Stored> stored;
   std::memcpy(&stored, from, sizeof stored);
   return E::template to_lane<W>(stored);

@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdint>
 
+#include "shapes.h"
+
 namespace jax_roipool {
 
 enum class Element {
@@ -48,6 +50,14 @@ struct MaximumLoops {
   // Does the same as `argmax` for cells in any order, each with [channels] of argmaxes.
   void (*merge)(const void* const* cells, const void* const* argmaxes, int64_t count,
                 int64_t channels, bool resume, void* pooled, void* argmax);
+
+  // Of each bin of a row, the largest of its columns: pooled[bin][c] = the largest values[col][c]
+  // of the columns `cols[bin]`, and argmax[bin][c] = the first cell that has it, of a map that has
+  // `width` columns. rows[col][c] is the row of the value; without rows there are no argmaxes. Bins
+  // without columns are left as they are. After the last value, and the last row, 64 bytes more can
+  // be read.
+  void (*across)(const void* values, const void* rows, const Range* cols, int64_t bins,
+                 int64_t width, int64_t channels, void* pooled, void* argmax);
 
   // pooled[c] = -infinity, or the smallest integer.
   void (*fill_lowest)(int64_t channels, void* pooled);

@@ -4,6 +4,15 @@
 namespace jax_roipool::VECTORS {
 namespace {
 
+// Whether a vector is left of the channels from `channel` on. If they do not fill it, it begins
+// earlier: what is larger than nothing before is not larger the second time.
+template <class W>
+bool next_vector(int64_t& channel, int64_t channels) {
+  if (channel >= channels || channels < W::kLanes) return false;
+  if (channel + W::kLanes > channels) channel = channels - W::kLanes;
+  return true;
+}
+
 // pooled[c] = the maximum of first[c] and of the [c] of `count` cells, from `channel` on, for as
 // many channels as fill vectors. Returns the first channel that is left. `Count` is an integer, or
 // a constant for which the loop unrolls.
@@ -11,7 +20,7 @@ template <class E, class W, class Count>
 int64_t max_of(const typename E::Stored* first, const typename E::Stored* const* cells, Count count,
                int64_t channel, int64_t channels, typename E::Stored* pooled) {
   using Lanes = typename W::template Of<typename E::Lane>;
-  for (; channel + W::kLanes <= channels; channel += W::kLanes) {
+  for (; next_vector<W>(channel, channels); channel += W::kLanes) {
     Lanes maximum = load<E, W>(first + channel), previous = maximum;
     [[maybe_unused]] auto numbers = maximum == maximum;
     for (int i = 0; i < count; ++i) {
@@ -33,10 +42,12 @@ int64_t max_of(const typename E::Stored* first, const typename E::Stored* const*
 
 // Integers that a comparison of lanes can choose between.
 template <class E>
-using Index = std::conditional_t<sizeof(typename E::Lane) == 8, int64_t, int32_t>;
+using Index =
+    std::conditional_t<sizeof(typename E::Lane) == 8, int64_t,
+                       std::conditional_t<sizeof(typename E::Lane) == 2, int16_t, int32_t>>;
 
 template <class E, class A, class W>
-auto load_indices(const A* from) {
+typename W::template Of<Index<E>> load_indices(const A* from) {
   typename W::template Of<A> stored;
   std::memcpy(&stored, from, sizeof stored);
   return W::template convert<Index<E>>(stored);
@@ -55,14 +66,15 @@ int64_t argmax_of(const typename E::Stored* first, Index<E> first_index, bool re
                   const typename E::Stored* const* cells, const int32_t* indices, Count count,
                   int64_t channel, int64_t channels, typename E::Stored* pooled, A* argmax) {
   using Indices = typename W::template Of<Index<E>>;
-  for (; channel + W::kLanes <= channels; channel += W::kLanes) {
+  for (; next_vector<W>(channel, channels); channel += W::kLanes) {
     auto maximum = load<E, W>(first + channel);
-    auto best = resume ? load_indices<E, A, W>(argmax + channel) : Indices{} + first_index;
+    Indices best =
+        resume ? load_indices<E, A, W>(argmax + channel) : Indices(Indices{} + first_index);
     for (int i = 0; i < count; ++i) {
       const auto value = load<E, W>(cells[i] + channel);
       const auto larger = E::is_larger(value, maximum);
       maximum = larger ? value : maximum;
-      best = larger ? Indices{} + indices[i] : best;
+      best = larger ? Indices{} + static_cast<Index<E>>(indices[i]) : best;
     }
     store<E, W>(maximum, pooled + channel);
     store_indices<A, W>(best, argmax + channel);
@@ -75,7 +87,7 @@ template <class E, class A, class W, class Count>
 int64_t merge_of(const typename E::Stored* first, const A* first_argmax,
                  const typename E::Stored* const* cells, const A* const* argmaxes, Count count,
                  int64_t channel, int64_t channels, typename E::Stored* pooled, A* argmax) {
-  for (; channel + W::kLanes <= channels; channel += W::kLanes) {
+  for (; next_vector<W>(channel, channels); channel += W::kLanes) {
     auto maximum = load<E, W>(first + channel);
     auto best = load_indices<E, A, W>(first_argmax + channel);
     for (int i = 0; i < count; ++i) {
@@ -105,11 +117,13 @@ int64_t with_constant(int64_t count, Loop loop) {
 constexpr int kMaxCells = 8;
 constexpr int kArgmaxCells = 4;
 
-template <class E, class A>
+// M are elements in the narrowest lanes, for maxima alone; E have lanes that an index A fits in.
+template <class M, class E, class A>
 struct Loops {
   using T = typename E::Stored;
   using Sum = typename E::Sum;
-  using Wide = Many<sizeof(typename E::Lane)>;
+  using Wide = VectorsOf<typename E::Lane>;
+  using Narrow = VectorsOf<typename M::Lane>;
 
   // Calls `loop` for the cells in turns: for vectors of channels, and then for the channels that
   // are left. A turn begins with what is pooled so far, or with the first cell, and goes on with at
@@ -118,14 +132,14 @@ struct Loops {
   // `loop` is given a width, what the turn begins with, whether that is what is pooled so far, the
   // number of cells before the others, the number of these others, and the first channel. `loop`
   // returns the first channel that is left.
-  template <int kCells, class Loop>
+  template <class Width, int kCells, class Loop>
   static void in_turns(const T* const* cells, int64_t count, bool resume, const T* pooled,
                        Loop loop) {
     for (int64_t begin = 0; begin < count; resume = true) {
       const T* const first = resume ? pooled : cells[begin++];
       const int64_t more = count - begin < kCells ? count - begin : kCells;
       const int64_t channel = with_constant<kCells>(more, [&](auto constant) {
-        return loop(Wide(), first, resume, begin, constant, int64_t{0});
+        return loop(Width(), first, resume, begin, constant, int64_t{0});
       });
       loop(One(), first, resume, begin, more, channel);
       begin += more;
@@ -136,10 +150,10 @@ struct Loops {
                   void* pooled) {
     const T* const* const values = reinterpret_cast<const T* const*>(cells);
     T* const maxima = static_cast<T*>(pooled);
-    in_turns<kMaxCells>(
+    in_turns<Narrow, kMaxCells>(
         values, count, resume, maxima,
         [&](auto width, const T* first, bool, int64_t begin, auto more, int64_t channel) {
-          return max_of<E, decltype(width)>(first, values + begin, more, channel, channels, maxima);
+          return max_of<M, decltype(width)>(first, values + begin, more, channel, channels, maxima);
         });
   }
 
@@ -148,7 +162,7 @@ struct Loops {
     const T* const* const values = reinterpret_cast<const T* const*>(cells);
     T* const maxima = static_cast<T*>(pooled);
     A* const best = static_cast<A*>(argmax);
-    in_turns<kArgmaxCells>(
+    in_turns<Wide, kArgmaxCells>(
         values, count, resume, maxima,
         [&](auto width, const T* first, bool resume, int64_t begin, auto more, int64_t channel) {
           const int32_t first_index = resume ? 0 : indices[0];
@@ -164,7 +178,7 @@ struct Loops {
     const A* const* const indices = reinterpret_cast<const A* const*>(argmaxes);
     T* const maxima = static_cast<T*>(pooled);
     A* const best = static_cast<A*>(argmax);
-    in_turns<kArgmaxCells>(
+    in_turns<Wide, kArgmaxCells>(
         values, count, resume, maxima,
         [&](auto width, const T* first, bool resume, int64_t begin, auto more, int64_t channel) {
           const A* const first_argmax = resume ? best : indices[0];
@@ -172,6 +186,74 @@ struct Loops {
                                                  indices + begin, more, channel, channels, maxima,
                                                  best);
         });
+  }
+
+  static void across(const void* values, const void* rows, const Range* cols, int64_t bins,
+                     int64_t width, int64_t channels, void* pooled, void* argmax) {
+    for (int64_t bin = 0; bin < bins; ++bin) {
+      if (cols[bin].size() == 0) continue;
+      const T* const from = static_cast<const T*>(values);
+      T* const maxima = static_cast<T*>(pooled) + bin * channels;
+      if (rows == nullptr) {
+        max_across<Narrow>(from, cols[bin], channels, maxima);
+      } else {
+        argmax_across<Wide>(from, static_cast<const A*>(rows), cols[bin], width, channels, maxima,
+                            static_cast<A*>(argmax) + bin * channels);
+      }
+    }
+  }
+
+  template <class W>
+  static void max_across(const T* values, Range cols, int64_t channels, T* pooled) {
+    for (int64_t channel = 0; channel < channels; channel += W::kLanes) {
+      const T* cell = values + cols.start * channels + channel;
+      auto maximum = load<M, W>(cell);
+      for (int64_t col = cols.start + 1; col < cols.end; ++col) {
+        const auto value = load<M, W>(cell += channels);
+        maximum = M::is_larger(value, maximum) ? value : maximum;
+      }
+      T found[W::kLanes];
+      store<M, W>(maximum, found);
+      copy<W>(found, channels - channel, pooled + channel);
+    }
+  }
+
+  template <class W>
+  static void argmax_across(const T* values, const A* rows, Range cols, int64_t width,
+                            int64_t channels, T* pooled, A* argmax) {
+    using Indices = typename W::template Of<Index<E>>;
+    for (int64_t channel = 0; channel < channels; channel += W::kLanes) {
+      int64_t cell = cols.start * channels + channel;
+      auto maximum = load<E, W>(values + cell);
+      Indices best_row = load_indices<E, A, W>(rows + cell);
+      Indices best_col = Indices{} + static_cast<Index<E>>(cols.start);
+      for (int64_t col = cols.start + 1; col < cols.end; ++col) {
+        cell += channels;
+        const auto value = load<E, W>(values + cell);
+        const auto row = load_indices<E, A, W>(rows + cell);
+        const auto better =
+            E::is_larger(value, maximum) | (E::is_same(value, maximum) & (row < best_row));
+        maximum = better ? value : maximum;
+        best_row = better ? row : best_row;
+        best_col = better ? Indices(Indices{} + static_cast<Index<E>>(col)) : best_col;
+      }
+      T found[W::kLanes];
+      A cells[W::kLanes];
+      store<E, W>(maximum, found);
+      store_indices<A, W>(Indices(best_row * static_cast<Index<E>>(width) + best_col), cells);
+      copy<W>(found, channels - channel, pooled + channel);
+      copy<W>(cells, channels - channel, argmax + channel);
+    }
+  }
+
+  // So many of a vector's elements, or all.
+  template <class W, class Value>
+  static void copy(const Value (&from)[W::kLanes], int64_t count, Value* to) {
+    if (count >= W::kLanes) {
+      std::memcpy(to, from, sizeof from);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    }
   }
 
   static void fill_lowest(int64_t channels, void* pooled) {
@@ -201,27 +283,50 @@ struct Loops {
 
   static constexpr MaximumLoops table() {
     if constexpr (std::is_void_v<Sum>) {
-      return {sizeof(T), sizeof(A), 0, max, argmax, merge, fill_lowest, gather, nullptr};
+      return {sizeof(T), sizeof(A), 0, max, argmax, merge, across, fill_lowest, gather, nullptr};
     } else {
-      return {sizeof(T), sizeof(A), sizeof(Sum), max, argmax, merge, fill_lowest, gather, scatter};
+      return {sizeof(T), sizeof(A), sizeof(Sum), max,    argmax,
+              merge,     across,    fill_lowest, gather, scatter};
     }
   }
 };
 
+template <class M, class E16, class E32>
+constexpr std::array<MaximumLoops, kArgmaxes> tables() {
+  return {Loops<M, E16, int16_t>::table(), Loops<M, E32, int32_t>::table()};
+}
+
 template <class E>
 constexpr std::array<MaximumLoops, kArgmaxes> tables() {
-  return {Loops<E, int16_t>::table(), Loops<E, int32_t>::table()};
+  return tables<E, E, E>();
+}
+
+// Of 8 or 16 bits.
+template <class T, class L>
+constexpr std::array<MaximumLoops, kArgmaxes> narrow_tables() {
+  return tables<Integer<T, L>, Integer<T, int16_t>, Integer<T, int32_t>>();
+}
+
+template <class Format, class Wide>
+constexpr std::array<MaximumLoops, kArgmaxes> half_tables() {
+  return tables<Ordered<Format, int16_t>, Ordered<Format, int16_t>, Wide>();
 }
 
 }  // namespace
 
 const MaximumTables kMaximumTables = {
-    tables<Float<float>>(),      tables<Float<double>>(),
-    tables<Bfloat16>(),          tables<Float16>(),
-    tables<Integer<int8_t>>(),   tables<Integer<int16_t>>(),
-    tables<Integer<int32_t>>(),  tables<Integer<int64_t, int64_t>>(),
-    tables<Integer<uint8_t>>(),  tables<Integer<uint16_t>>(),
-    tables<Integer<uint32_t>>(), tables<Integer<uint64_t, int64_t>>(),
+    tables<Float<float>>(),
+    tables<Float<double>>(),
+    half_tables<Bfloat16, WideBfloat16>(),
+    half_tables<Float16, Ordered<Float16, int32_t>>(),
+    narrow_tables<int8_t, int8_t>(),
+    narrow_tables<int16_t, int16_t>(),
+    tables<Integer<int32_t, int32_t>>(),
+    tables<Integer<int64_t, int64_t>>(),
+    narrow_tables<uint8_t, int8_t>(),
+    narrow_tables<uint16_t, int16_t>(),
+    tables<Integer<uint32_t, int32_t>>(),
+    tables<Integer<uint64_t, int64_t>>(),
 };
 
 }  // namespace jax_roipool::VECTORS

@@ -27,7 +27,7 @@ template <class E>
 struct Loops {
   using T = typename E::Stored;
   using Sum = typename E::Sum;
-  using Wide = Many<sizeof(Sum)>;
+  using Wide = VectorsOf<Sum>;
 
   // Calls `loop` for all channels, with a width, a constant number of vectors, and the first
   // channel: for so many vectors at a time that none waits for the one before, for one, and for the
