@@ -533,7 +533,7 @@ FAULTS = (
         "contract tpu",
     ),
     native(
-        "maximum_loops.cc",
+        "elements.h",
         "the last NaN wins",
         " & (maximum == maximum);\n  }\n  template <class V>\n  static auto is_same",
         ";\n  }\n  template <class V>\n  static auto is_same",
@@ -541,22 +541,16 @@ FAULTS = (
     native("maximum_loops.cc", "the last of equals", "(index < best)", "(index > best)"),
     native("maximum_loops.cc", "an odd cell's NaN", "i % 2 == 1 || i + 1 == count", "i % 2 == 1"),
     native(
-        "maximum_loops.cc",
+        "elements.h",
         "unsigned is signed",
         "? std::numeric_limits<L>::min() : L(0)",
         "? L(0) : L(0)",
     ),
     native(
-        "maximum_loops.cc",
-        "float16 upside down",
-        "bits > 0x7FFF ? -magnitude",
-        "bits > 0x7FFF ? magnitude",
-    ),
-    native(
-        "maximum_loops.cc",
-        "a vector too few",
-        "channel + W::kLanes <= channels; channel += W::kLanes) {\n    Lanes maximum",
-        "channel + W::kLanes < channels; channel += W::kLanes) {\n    Lanes maximum",
+        "elements.h",
+        "16-bit floats upside down",
+        "bits < 0 ? -magnitude",
+        "bits < 0 ? magnitude",
     ),
     native("maximum_loops.cc", "reads past the map", "0 <= cell && cell < cells;", "true;"),
     native(
@@ -645,8 +639,8 @@ FAULTS = (
     native(
         "weighted_sum.cc",
         "runs over the border",
-        "std::clamp<int64_t>(start + t - begin, 0, axis.size - 1)",
-        "std::clamp<int64_t>(start, 0, axis.size - 1) + t - begin",
+        "std::min(start + t - begin, axis.size - 1)",
+        "std::min(start, axis.size - 1) + t - begin",
         "weighted_sum",
     ),
     native(
