@@ -575,8 +575,8 @@ FAULTS = (
     native(
         "rectangle_max.cc",
         "cell 0 for none",
-        "std::memset(bin_argmax, 0xFF",
-        "std::memset(bin_argmax, 0",
+        "std::memset(argmax_of(col), 0xFF",
+        "std::memset(argmax_of(col), 0",
     ),
     native(
         "rectangle_max.cc",
