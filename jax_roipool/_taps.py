@@ -24,6 +24,9 @@ from jax_roipool._manual_axes import vary_with
 MAX_SAMPLES = 4096
 """Up to this many samples of a bin along an axis, every quotient is exact."""
 
+CHUNK = 32
+"""Adaptive weights are worked out for so many cells of a run at a time."""
+
 
 class Taps(NamedTuple):
     """Operands of the weighted sum: see `jax_roipool._backends.weighted_sum`."""
@@ -123,20 +126,31 @@ def _adaptive_samples(bins: _Bins, sizes, longest: int) -> tuple[jax.Array, jax.
         jnp.clip(x, 0, sizes_of_bins - 1).astype(jnp.int32)
         for x in (bins.start, bins.start + bins.length + 1)
     )
-    cell_of_run = lax.iota(jnp.int32, longest)
 
-    def add_sample(i, weights):
-        number = begin + i.astype(jnp.float32)
-        cell, pair = _samples(bins, number[..., None], divisor[..., None], sizes)
-        pair = jnp.where((number < end)[..., None, None], pair, 0)
-        at = cell - first[..., None]
-        before = jnp.where(at == cell_of_run, pair[..., 0], 0)
-        return weights + before + jnp.where(at + 1 == cell_of_run, pair[..., 1], 0)
+    def weigh(chunk):
+        """A chunk of cells of every run."""
+        cell_of_run = chunk * CHUNK + lax.iota(jnp.int32, CHUNK)
 
-    most = jnp.max(end - begin, initial=0).astype(jnp.int32)
-    weights = jnp.zeros((*bins.start.shape, longest), jnp.float32)
-    weights = lax.fori_loop(0, most, add_sample, vary_with(weights, bins.start))
-    return first, last, weights / divisor[..., None]
+        def add_sample(i, weights):
+            number = begin + i.astype(jnp.float32)
+            cell, pair = _samples(bins, number[..., None], divisor[..., None], sizes)
+            pair = jnp.where((number < end)[..., None, None], pair, 0)
+            at = cell - first[..., None]
+            before = jnp.where(at == cell_of_run, pair[..., 0], 0)
+            return weights + before + jnp.where(at + 1 == cell_of_run, pair[..., 1], 0)
+
+        weights = jnp.zeros((*bins.start.shape, CHUNK), jnp.float32)
+        most = jnp.max(end - begin, initial=0).astype(jnp.int32)
+        return lax.fori_loop(0, most, add_sample, vary_with(weights, bins.start))
+
+    def set_chunk(chunk, weights):
+        return lax.dynamic_update_slice_in_dim(weights, weigh(chunk), chunk * CHUNK, axis=-1)
+
+    # Few maps have bins as long as they are: cells that no run reaches are left at 0.
+    chunks = jnp.max(last - first, initial=0) // CHUNK + 1
+    weights = jnp.zeros((*bins.start.shape, longest + CHUNK - 1), jnp.float32)
+    weights = lax.fori_loop(0, chunks, set_chunk, vary_with(weights, bins.start))
+    return first, last, weights[..., :longest] / divisor[..., None]
 
 
 def average_taps(

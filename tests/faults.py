@@ -566,7 +566,7 @@ FAULTS = (
         "channel = channels - W::kLanes - 1;",
     ),
     native(
-        "rectangle_max.cc",
+        "strips.cc",
         "strips forget the rows before",
         "const bool resume = begin > rows.start;",
         "const bool resume = false;",

@@ -7,6 +7,7 @@
 
 #include "memory.h"
 #include "pyramid.h"
+#include "strips.h"
 
 namespace jax_roipool {
 namespace {
@@ -78,83 +79,6 @@ class Bin {
   int64_t count_ = 0;
   const void *cells_[kCells], *argmaxes_[kCells];
   int32_t indices_[kCells];
-};
-
-// Maxima of so few channels that a cell fills no vector: first down the columns of a row of bins,
-// for all its columns and channels at once, then over the columns of each bin.
-class Strips {
- public:
-  Strips(const MaximumLoops& loops, const MapShape& map, bool with_argmax, int64_t workers)
-      : loops_(loops),
-        map_(map),
-        value_bytes_(map.channels * loops.item_size),
-        argmax_bytes_(with_argmax ? map.channels * loops.argmax_size : 0),
-        values_(workers * whole_lines(map.width * value_bytes_) + kCacheLine),
-        argmaxes_(workers * whole_lines(map.width * argmax_bytes_) + kCacheLine) {}
-
-  // Where they would be no slower than `Bin`, as measured with AVX2: at up to 8 channels of float32
-  // or of any type with argmaxes, and up to 32 of int8.
-  static bool serve(const MaximumLoops& loops, int64_t channels, bool with_argmax) {
-    const int64_t lane = with_argmax ? std::max<int64_t>(loops.item_size, 4) : loops.item_size;
-    return channels * lane <= 32;
-  }
-
-  // Takes the maxima of a row of bins, of these rows, which are not empty, and these columns. Bins
-  // without columns are left as they are.
-  void pool(int64_t worker, const void* image, Range rows, const std::vector<Range>& cols,
-            void* pooled, void* argmax) {
-    Range hull = {map_.width, 0};
-    for (const Range& range : cols) {
-      if (range.size() == 0) continue;
-      hull = {std::min(hull.start, range.start), std::max(hull.end, range.end)};
-    }
-    if (hull.size() == 0) return;
-    fill(worker, image, rows, hull);
-    loops_.across(value(worker, 0), argmax == nullptr ? nullptr : this->argmax(worker, 0),
-                  cols.data(), cols.size(), map_.width, map_.channels, pooled, argmax);
-  }
-
- private:
-  static constexpr int64_t kCells = 64;
-
-  // The maxima of the columns, and the rows that they are in.
-  void fill(int64_t worker, const void* image, Range rows, Range cols) {
-    const void* cells[kCells];
-    int32_t indices[kCells];
-    const int64_t channels = cols.size() * map_.channels;
-    void *const values = value(worker, cols.start), *const found = argmax(worker, cols.start);
-    for (int64_t begin = rows.start; begin < rows.end; begin += kCells) {
-      const int64_t count = std::min(kCells, rows.end - begin);
-      for (int64_t i = 0; i < count; ++i) {
-        cells[i] = at(image, ((begin + i) * map_.width + cols.start) * value_bytes_);
-        indices[i] = static_cast<int32_t>(begin + i);
-      }
-      const bool resume = begin > rows.start;
-      if (argmax_bytes_ == 0) {
-        loops_.max(cells, count, channels, resume, values);
-      } else {
-        loops_.argmax(cells, indices, count, channels, resume, values, found);
-      }
-    }
-  }
-
-  static int64_t whole_lines(int64_t bytes) {
-    return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
-  }
-
-  // Of a column of the map.
-  void* value(int64_t worker, int64_t col) {
-    return values_.data() + worker * whole_lines(map_.width * value_bytes_) + col * value_bytes_;
-  }
-  void* argmax(int64_t worker, int64_t col) {
-    return argmaxes_.data() + worker * whole_lines(map_.width * argmax_bytes_) +
-           col * argmax_bytes_;
-  }
-
-  const MaximumLoops& loops_;
-  const MapShape& map_;
-  const int64_t value_bytes_, argmax_bytes_;
-  std::vector<char> values_, argmaxes_;
 };
 
 }  // namespace
