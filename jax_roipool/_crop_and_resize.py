@@ -46,7 +46,7 @@ def crop_and_resize(
 
     Args:
       images: `[N, H, W, C]`, floating, of 16 bits or more.
-      boxes: `[R, 4]`, floating. Samples are computed in float32.
+      boxes: `[R, 4]`, floating or integer. Samples are computed in float32.
       box_indices: integer, `[R]`: the index of each box's image.
       crop_size: `(P, Q)`, rows and columns of a crop, or one int for both.
       extrapolation_value: a number.
@@ -75,7 +75,7 @@ def crop_and_resize(
     if images.dtype.name not in FLOAT_DTYPES:
         raise TypeError(
             f"images must be of one of the dtypes {', '.join(FLOAT_DTYPES)}, got "
-            f"{describe(images)}; convert them first"
+            f"{describe(images)}; convert them, for example with .astype(jnp.float32)"
         )
     if not is_real(boxes.dtype):
         raise TypeError(f"boxes must be of a real dtype, got {describe(boxes)}")
@@ -94,7 +94,7 @@ def crop_and_resize(
         boxes,
         box_indices,
         outside,
-        crop_size=check_output_size(crop_size),
+        crop_size=check_output_size(crop_size, "crop_size"),
         implementation=implementation,
     )
 

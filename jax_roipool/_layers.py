@@ -15,16 +15,17 @@ from jax.typing import ArrayLike
 
 from jax_roipool._bins import Convention
 from jax_roipool._levels import assign_levels, pool_levels
-from jax_roipool._roi_align import roi_align
+from jax_roipool._roi_align import check_sampling_ratio, roi_align
 from jax_roipool._roi_pool import roi_pool
 from jax_roipool._rois import check_output_size
 
 
 class _Layer:
-    """A checked output size, and tuples for lists, which have no hash."""
+    """A checked output size and sampling ratio, and tuples for lists, which have no hash."""
 
     def __post_init__(self):
         self.output_size = check_output_size(self.output_size)
+        check_sampling_ratio(getattr(self, "sampling_ratio", None))
         for name in ("spatial_scales", "sampling_ratio"):
             if isinstance(getattr(self, name, None), list):
                 setattr(self, name, tuple(getattr(self, name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import numbers
 import operator
@@ -119,7 +120,8 @@ def pool_levels(
     Args:
       pool: an operator of this package with its arguments bound, such as
         `functools.partial(roi_align, output_size=7, sampling_ratio=2)`. It is called for each level
-        with that level's features, the RoIs, `spatial_scale` and `roi_mask`.
+        with that level's features, the RoIs, `spatial_scale` and `roi_mask`. An `image_index`, for
+        RoIs `[R, 4]`, is bound as well.
       features: a map for each level, all `[H, W, C]` or all `[N, H, W, C]`, which differ in H and W
         alone.
       rois: as the operator takes them, in the unit that all scales are for.
@@ -140,7 +142,7 @@ def pool_levels(
         raises if levels are None, and what the operator raises.
 
     torchvision's `MultiScaleRoIAlign` is this with `roi_align`, a sampling ratio of 2 and
-    `aligned=False`; detectron2's `ROIPooler` likewise.
+    `aligned=False`; detectron2's `ROIPooler` is this with the ratio that its configuration says.
 
     >>> import functools
     >>> import jax.numpy as jnp
@@ -207,7 +209,7 @@ def _check_pool(pool: Callable) -> None:
     if not callable(pool):
         raise TypeError(
             "pool must be an operator with its arguments bound, such as "
-            f"functools.partial(roi_pool, output_size=7), got {pool!r:.80}"
+            f"functools.partial(roi_pool, output_size=7), got a {type(pool).__name__}"
         )
     bound = pool.keywords if isinstance(pool, functools.partial) else {}
     for name in ("spatial_scale", "roi_mask"):
@@ -216,11 +218,30 @@ def _check_pool(pool: Callable) -> None:
                 f"pool must not have a {name} bound, as it gets another one for each level; give "
                 f"pool_levels the {name if name == 'roi_mask' else 'spatial_scales'}"
             )
+    _check_call(pool)
+
+
+def _check_call(pool: Callable) -> None:
+    """Raises TypeError unless the operator can be called as it will be."""
+    try:
+        signature = inspect.signature(pool)
+    except (TypeError, ValueError):
+        return  # it does not say
+    try:
+        signature.bind(None, None, spatial_scale=None, roi_mask=None)
+    except TypeError as error:
+        raise TypeError(
+            "pool must be an operator with its other arguments bound, such as "
+            "functools.partial(roi_align, output_size=7), as it is called as pool(features, rois, "
+            f"spatial_scale=..., roi_mask=...), got one for which this is an error: {error}; in "
+            "the place of a layer, use MultiScaleRoIAlign"
+        ) from error
 
 
 def _check_maps(features: Sequence[ArrayLike]) -> list[jax.Array]:
     if not isinstance(features, (list, tuple)):
-        hint = "list(features.values())" if isinstance(features, dict) else "a list of them"
+        in_order = "[features[name] for name in names], finest first"
+        hint = in_order if isinstance(features, dict) else "a list of them"
         raise TypeError(
             f"features must be a list or tuple of maps, one for each level, got "
             f"{type(features).__name__}; give {hint}"

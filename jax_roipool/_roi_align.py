@@ -51,15 +51,15 @@ def roi_align(
         traced.
       sampling_ratio: the number of samples in a bin along each axis: a positive int, a pair for
         H and W, or None for as many as a bin has cells, rounded up, for each RoI. What is None here
-        is -1 in torchvision and 0 in ONNX. With None, a RoI that has no area, or is inverted along
-        an axis, pools to 0; otherwise an inverted one is a mirrored one.
+        is -1 in torchvision and 0 in ONNX. With None, an aligned RoI that has no area, or is
+        inverted along an axis, pools to 0; with a number, an inverted one is a mirrored one.
       aligned: True if a cell's centre is half a cell after its index, as in detectron2 and newer
         models; False for torchvision's default, which shifts features by half a cell, and takes a
-        RoI of less than a cell for one of a whole cell.
+        side of less than a cell, or an inverted one, for one of a whole cell.
       image_index: integer, `[R]`: the index of each RoI's image, for RoIs `[R, 4]`.
       roi_mask: bool, `[K]`, `[N, K]` or `[R]`: True for a real RoI, False for padding.
-      implementation: None for the best that the platform has, `"xla"` for plain XLA, which it is so
-        far everywhere, or the name of one. Sums differ in their last bits.
+      implementation: None for the best that the platform has, `"xla"` for plain XLA, `"kernel"` for
+        one written by hand, or the name of one. Sums differ in their last bits.
       features_spec: how the features are split over a mesh of automatic axes; see
         `jax_roipool.roi_pool`.
 

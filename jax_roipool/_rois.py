@@ -73,7 +73,7 @@ def check_arguments(
     if features.dtype.name not in dtypes:
         raise TypeError(
             f"features must be of one of the dtypes {', '.join(dtypes)}, "
-            f"got {describe(features)}; convert them first"
+            f"got {describe(features)}; convert them, for example with .astype(jnp.float32)"
         )
     _check_layout(features, rois, has_image_index=image_index is not None)
     return Arguments(
@@ -177,10 +177,12 @@ def _check_spatial_scale(spatial_scale: ArrayLike) -> jax.Array:
     return spatial_scale.astype(jnp.float32)
 
 
-def check_output_size(output_size: int | tuple[int, int]) -> tuple[int, int]:
+def check_output_size(
+    output_size: int | tuple[int, int], name: str = "output_size"
+) -> tuple[int, int]:
     """`(P, Q)`, the bins along the rows and along the columns."""
-    expected = f"output_size must be an int or a pair (P, Q) of ints from 1 to {MAX_BINS}"
-    return check_pair("output_size", output_size, MAX_BINS, expected)
+    expected = f"{name} must be an int or a pair (P, Q) of ints from 1 to {MAX_BINS}"
+    return check_pair(name, output_size, MAX_BINS, expected)
 
 
 def check_pair(

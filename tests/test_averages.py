@@ -207,7 +207,7 @@ ERRORS = (
     (ValueError, "crop_and_resize", (np.ones((4, 5, 1)), np.ones((2, 4)), [0, 0], 2), "images"),
     (TypeError, "crop_and_resize", (np.ones((1, 4, 5, 1)), np.ones((1, 4)), [0.5], 2), "box_ind"),
     (ValueError, "crop_and_resize", (np.ones((1, 4, 5, 1)), np.ones((1, 4)), [0, 0], 2), "boxes"),
-    (ValueError, "crop_and_resize", (np.ones((1, 4, 5, 1)), np.ones((1, 4)), [0], 0), "size"),
+    (ValueError, "crop_and_resize", (np.ones((1, 4, 5, 1)), np.ones((1, 4)), [0], 0), "crop_size"),
 )
 
 

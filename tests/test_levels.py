@@ -14,7 +14,7 @@ from test_average_oracle import load, named
 
 import average_oracle
 from harness import assert_same, distinct_features, whole_cotangent
-from jax_roipool import assign_levels, pool_levels, roi_pool, roi_pool_with_argmax
+from jax_roipool import assign_levels, nnx, pool_levels, roi_pool, roi_pool_with_argmax
 
 SCALES = (1 / 4, 1 / 8, 1 / 16)
 pool_two = functools.partial(roi_pool, output_size=2)
@@ -310,7 +310,7 @@ def test_rois_that_are_no_numbers():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     (
-        ({"pool": 7}, TypeError, "pool must be an operator with its arguments bound.*got 7"),
+        ({"pool": 7}, TypeError, "pool must be an operator with its arguments bound.*got a int"),
         (
             {"pool": functools.partial(roi_pool, output_size=2, spatial_scale=1 / 4)},
             ValueError,
@@ -326,8 +326,23 @@ def test_rois_that_are_no_numbers():
             TypeError,
             "one array.*tuple",
         ),
+        ({"pool": roi_pool}, TypeError, "other arguments bound.*'output_size'"),
+        (
+            {"pool": nnx.RoIPool(2, 1 / 4)},
+            TypeError,
+            "'spatial_scale'; in the place of a layer",
+        ),
+        (
+            {"pool": lambda features, rois: rois},
+            TypeError,
+            r"called as pool\(features",
+        ),
         ({"features": FEATURES[0]}, TypeError, "list or tuple of maps.*ndarray"),
-        ({"features": {"p2": FEATURES[0]}}, TypeError, r"list\(features.values\(\)\)"),
+        (
+            {"features": {"p2": FEATURES[0]}},
+            TypeError,
+            r"\[features\[name\] for name in",
+        ),
         ({"features": []}, ValueError, "at least one map.*got none"),
         ({"features": FEATURES[:1]}, ValueError, "one for each level, got 2 for 1 maps"),
         ({"spatial_scales": 1 / 4}, TypeError, "a sequence.*got 0.25"),

@@ -79,6 +79,13 @@ def test_module_keeps_the_functions_errors(layer):
 
 
 @pytest.mark.parametrize("modules", (linen, nnx), ids=("linen", "nnx"))
+@pytest.mark.parametrize("name", ("RoIAlign", "MultiScaleRoIAlign"))
+def test_a_ratio_is_refused_at_once(modules, name):
+    with pytest.raises(ValueError, match="torchvision's -1"):
+        getattr(modules, name)(2, 1, sampling_ratio=-1)
+
+
+@pytest.mark.parametrize("modules", (linen, nnx), ids=("linen", "nnx"))
 @pytest.mark.parametrize(("name", "function"), (("RoIPool", "roi_pool"), ("RoIAlign", "roi_align")))
 def test_fields_are_the_functions_keywords(modules, name, function):
     def settings(function):
