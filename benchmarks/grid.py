@@ -71,14 +71,15 @@ def quantities(base: Workload) -> dict[str, dict[int, Workload]]:
     }
 
 
-def cells(base: Workload, budget: Budget) -> Iterator[dict[str, Any]]:
-    """One point and pass after the other."""
+def cells(base: Workload, budget: Budget, *, ends: bool) -> Iterator[dict[str, Any]]:
+    """One point and pass after the other, or the first and the last of each quantity alone."""
     found, missing = candidates.available(candidates.roi_pool())
     for name, why in missing.items():
         print(f"without {name}: {why}")
     compared = [found[0], *(c for c in found if c.name in PEERS)]
     for quantity, points in quantities(base).items():
-        for value, workload in points.items():
+        values = (min(points), max(points)) if ends else tuple(points)
+        for value, workload in ((value, points[value]) for value in values):
             inputs = workload.inputs()
             for mode in MODES:
                 measured = measure(inputs, mode, compared, found[0], budget)
@@ -126,7 +127,7 @@ def main() -> int:
     """Returns the exit status: 1 if a candidate failed or gave a wrong answer."""
     parser = argparse.ArgumentParser(description="RoI max pooling over a grid of sizes and types.")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each time (default 1)")
-    parser.add_argument("--small", action="store_true", help="small sizes, to try it out")
+    parser.add_argument("--small", action="store_true", help="few and small sizes, to try it out")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/grid"))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def main() -> int:
     base = BASE
     if arguments.small:
         base = dataclasses.replace(BASE, map_shape=(1, 20, 30, 4), num_rois=8)
-    for cell in cells(base, Budget(arguments.seconds)):
+    for cell in cells(base, Budget(arguments.seconds), ends=arguments.small):
         results["cells"].append(cell)
         ratios = "  ".join(
             f"{name} {time['median_ms']:.3g} ms ({time['ratio']:.2f}x)"
