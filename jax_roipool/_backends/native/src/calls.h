@@ -46,7 +46,8 @@ inline std::optional<Element> element_of(ffi::DataType type) {
 
 template <class Sizes>
 std::string describe(ffi::DataType type, const Sizes& shape) {
-  std::ostringstream text;
+  // Its default constructor is newer than the oldest libstdc++ that a release is for.
+  std::ostringstream text(std::ios_base::out);
   text << type << "[";
   const char* separator = "";
   for (const int64_t size : shape) {
