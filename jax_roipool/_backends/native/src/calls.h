@@ -46,8 +46,7 @@ inline std::optional<Element> element_of(ffi::DataType type) {
 
 template <class Sizes>
 std::string describe(ffi::DataType type, const Sizes& shape) {
-  // Its default constructor is newer than the oldest libstdc++ that a release is for.
-  std::ostringstream text(std::ios_base::out);
+  std::ostringstream text;
   text << type << "[";
   const char* separator = "";
   for (const int64_t size : shape) {
