@@ -127,6 +127,11 @@ def _adaptive_samples(bins: _Bins, sizes, longest: int) -> tuple[jax.Array, jax.
         for x in (bins.start, bins.start + bins.length + 1)
     )
 
+    def zeros(cells):
+        """For each bin, on the devices that have it."""
+        start = jnp.zeros_like(bins.start)[..., None]
+        return vary_with(jnp.broadcast_to(start, (*start.shape[:-1], cells)), bins.start)
+
     def weigh(chunk):
         """A chunk of cells of every run."""
         cell_of_run = chunk * CHUNK + lax.iota(jnp.int32, CHUNK)
@@ -139,17 +144,15 @@ def _adaptive_samples(bins: _Bins, sizes, longest: int) -> tuple[jax.Array, jax.
             before = jnp.where(at == cell_of_run, pair[..., 0], 0)
             return weights + before + jnp.where(at + 1 == cell_of_run, pair[..., 1], 0)
 
-        weights = jnp.zeros((*bins.start.shape, CHUNK), jnp.float32)
         most = jnp.max(end - begin, initial=0).astype(jnp.int32)
-        return lax.fori_loop(0, most, add_sample, vary_with(weights, bins.start))
+        return lax.fori_loop(0, most, add_sample, zeros(CHUNK))
 
     def set_chunk(chunk, weights):
         return lax.dynamic_update_slice_in_dim(weights, weigh(chunk), chunk * CHUNK, axis=-1)
 
     # Few maps have bins as long as they are: cells that no run reaches are left at 0.
     chunks = jnp.max(last - first, initial=0) // CHUNK + 1
-    weights = jnp.zeros((*bins.start.shape, longest + CHUNK - 1), jnp.float32)
-    weights = lax.fori_loop(0, chunks, set_chunk, vary_with(weights, bins.start))
+    weights = lax.fori_loop(0, chunks, set_chunk, zeros(longest + CHUNK - 1))
     return first, last, weights[..., :longest] / divisor[..., None]
 
 

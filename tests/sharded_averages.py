@@ -37,6 +37,8 @@ LAYOUTS = {
 }
 OPERATORS = {
     "align": lambda x, rois: jax_roipool.roi_align(x, rois, BINS, sampling_ratio=2),
+    "adaptive": lambda x, rois: jax_roipool.roi_align(x, rois, BINS),
+    "whole cells": lambda x, rois: jax_roipool.roi_average_pool(x, rois, BINS),
     "precise": lambda x, rois: jax_roipool.pr_roi_pool(x, rois, BINS),
 }
 
