@@ -12,8 +12,8 @@ import pytest
 
 pytestmark = pytest.mark.full
 
-# The sums over the RoIs of all devices, and over the channels of all devices; and how many samples and
-# cells the longest bin has.
+# The sums over the RoIs of all devices, and over the channels of all devices; and how many samples
+# and cells the longest bin has.
 SUMS = {
     "adaptive, batch and channels, gradient": ["all-reduce f32[]", "all-reduce s32[]"],
     "align, rois, gradient": ["all-reduce f32[4,1,9,10,8]"],
