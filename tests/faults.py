@@ -599,20 +599,24 @@ FAULTS = (
         "std::min((band + 1) * rows, to.height - 1)",
     ),
     native(
-        "shapes.h", "an image too many", "index < map_.num_images ?", "index <= map_.num_images ?"
+        "shapes.h",
+        "an image too many",
+        "index < num_images ?",
+        "index <= num_images ?",
+        "contract cpu weighted_sum roi_align",
     ),
     native(
         "sum_loops.cc",
         "all vectors read the first",
-        "load_to_sum<E, W>(cell + i * W::kLanes)",
-        "load_to_sum<E, W>(cell)",
+        "load_to_sum<E, W>(cells + offset + i * W::kLanes)",
+        "load_to_sum<E, W>(cells + offset)",
         "weighted_sum",
     ),
     native(
         "sum_loops.cc",
         "rows weigh the square",
-        "const Sum weight = Sum(row.weight) * Sum(column.weight);\n          const T* const",
-        "const Sum weight = Sum(row.weight) * Sum(row.weight);\n          const T* const",
+        "Sum(row.weight) * Sum(column.weight)",
+        "Sum(row.weight) * Sum(row.weight)",
         "weighted_sum roi_align",
     ),
     native(
@@ -653,7 +657,7 @@ FAULTS = (
     native(
         "weighted_sum.cc",
         "bins without an image keep garbage",
-        "if (bins.image_index(roi) < 0) {",
+        "if (image_index < 0) {",
         "if (false) {",
         "weighted_sum roi_align",
     ),
@@ -662,13 +666,6 @@ FAULTS = (
         "bands overlap",
         "(band + 1) * map.height / bands}",
         "(band + 1) * map.height / bands + 1}",
-        "weighted_sum roi_align",
-    ),
-    native(
-        "weighted_sum.h",
-        "an image too many",
-        "index < num_images_ ?",
-        "index <= num_images_ ?",
         "weighted_sum roi_align",
     ),
     native(

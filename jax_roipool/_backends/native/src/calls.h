@@ -44,6 +44,11 @@ inline std::optional<Element> element_of(ffi::DataType type) {
   }
 }
 
+inline bool is_float(ffi::DataType type) {
+  const auto element = element_of(type);
+  return element && static_cast<int>(*element) < kFloats;
+}
+
 template <class Sizes>
 std::string describe(ffi::DataType type, const Sizes& shape) {
   std::ostringstream text;
@@ -87,6 +92,11 @@ class Check {
         !std::equal(got.begin(), got.end(), shape.begin(), shape.end())) {
       expected(name, describe(type, shape), buffer);
     }
+  }
+  // Of elements of this type, which are in float32 at least.
+  void are_sums(const char* name, ffi::AnyBuffer sums, ffi::DataType element) {
+    const ffi::DataType type = element == ffi::F64 ? ffi::F64 : ffi::F32;
+    if (sums.element_type() != type) expected(name, describe(type, sums.dimensions()), sums);
   }
   void expected(const char* name, const std::string& what, ffi::AnyBuffer got) {
     if (problem_) return;

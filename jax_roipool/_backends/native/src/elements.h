@@ -245,17 +245,17 @@ struct Integer : IntegerOrder {
   static constexpr T kLowest = std::numeric_limits<T>::min();
 };
 
-template <class E, class W>
-typename W::template Of<typename E::Lane> load(const typename E::Stored* from) {
-  typename W::template Of<typename E::Stored> stored;
-  std::memcpy(&stored, from, sizeof stored);
-  return E::template to_lane<W>(stored);
+// As many as W has, from and to any address.
+template <class W, class T>
+typename W::template Of<T> load_vector(const T* from) {
+  typename W::template Of<T> vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
 }
 
-template <class E, class W, class V>
-void store(V lane, typename E::Stored* to) {
-  const typename W::template Of<typename E::Stored> stored = E::template to_stored<W>(lane);
-  std::memcpy(to, &stored, sizeof stored);
+template <class W, class T>
+void store_vector(typename W::template Of<T> vector, T* to) {
+  std::memcpy(to, &vector, sizeof vector);
 }
 
 }  // namespace

@@ -4,6 +4,16 @@
 namespace jax_roipool::VECTORS {
 namespace {
 
+template <class E, class W>
+typename W::template Of<typename E::Lane> load(const typename E::Stored* from) {
+  return E::template to_lane<W>(load_vector<W>(from));
+}
+
+template <class E, class W, class V>
+void store(V lane, typename E::Stored* to) {
+  store_vector<W>(E::template to_stored<W>(lane), to);
+}
+
 // Whether a vector is left of the channels from `channel` on. If they do not fill it, it begins
 // earlier: what is larger than nothing before is not larger the second time.
 template <class W>
@@ -48,15 +58,12 @@ using Index =
 
 template <class E, class A, class W>
 typename W::template Of<Index<E>> load_indices(const A* from) {
-  typename W::template Of<A> stored;
-  std::memcpy(&stored, from, sizeof stored);
-  return W::template convert<Index<E>>(stored);
+  return W::template convert<Index<E>>(load_vector<W>(from));
 }
 
 template <class A, class W, class V>
 void store_indices(V indices, A* to) {
-  const auto stored = W::template convert<A>(indices);
-  std::memcpy(to, &stored, sizeof stored);
+  store_vector<W>(W::template convert<A>(indices), to);
 }
 
 // The same as `max_of`, and argmax[c] = the index of the maximum's cell. With `resume`, `first` is

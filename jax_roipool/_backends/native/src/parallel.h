@@ -1,4 +1,4 @@
-// One loop over many threads, on a pool that may be busy.
+// Loops over many threads, on a pool that may be busy.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,8 @@
 #include <memory>
 #include <mutex>
 #include <new>
+
+#include "shapes.h"
 
 namespace jax_roipool {
 
@@ -71,6 +73,22 @@ inline void parallel_for(const Threads& threads, int64_t tasks,
   work(0);
   std::unique_lock lock(state->mutex);
   state->done.wait(lock, [&] { return state->left <= 0; });
+}
+
+// So many workers share out the rows of all RoIs' bins.
+inline int64_t workers_on_bins(const Threads& threads, const PooledShape& shape) {
+  return threads.workers(shape.rois() * shape.bin_rows);
+}
+
+// Runs task(roi, rows of bins, worker) for all rows of all RoIs. Neighbouring bins read the same
+// cells, so a task has whole RoIs if there are many, and else single rows.
+inline void parallel_for_bins(const Threads& threads, const PooledShape& shape,
+                              const std::function<void(int64_t, Range, int64_t)>& task) {
+  const int64_t parts = shape.rois() < 8 * threads.count ? shape.bin_rows : 1;
+  parallel_for(threads, shape.rois() * parts, [&](int64_t i, int64_t worker) {
+    const int64_t rows = shape.bin_rows / parts, first = i % parts * rows;
+    task(i / parts, {first, first + rows}, worker);
+  });
 }
 
 }  // namespace jax_roipool

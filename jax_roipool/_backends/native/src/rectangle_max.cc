@@ -87,14 +87,13 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
                    const void* features, const Rectangles& rectangles, bool empty_is_lowest,
                    void* pooled, void* argmax, const Threads& threads) {
   if (shape.size() == 0) return;
-  const int64_t num_rois = shape.num_groups * shape.num_rois;
+  const bool with_argmax = argmax != nullptr;
   const int64_t pooled_bytes = shape.channels * loops.item_size;
   const int64_t argmax_bytes = shape.channels * loops.argmax_size;
-  prefer_huge_pages(pooled, num_rois * shape.bins() * pooled_bytes);
-  if (argmax != nullptr) prefer_huge_pages(argmax, num_rois * shape.bins() * argmax_bytes);
+  prefer_huge_pages(pooled, shape.rois() * shape.bins() * pooled_bytes);
+  if (with_argmax) prefer_huge_pages(argmax, shape.rois() * shape.bins() * argmax_bytes);
 
-  const bool with_argmax = argmax != nullptr;
-  const int64_t workers = threads.workers(num_rois * shape.bin_rows);
+  const int64_t workers = workers_on_bins(threads, shape);
   std::optional<Strips> strips;
   std::optional<Pyramid> pyramid;
   if (Strips::serve(loops, map.channels, with_argmax)) {
@@ -104,47 +103,43 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
   }
 
   std::vector<std::vector<Range>> cols_of(workers, std::vector<Range>(shape.bin_cols));
-  const auto pool_bin_row = [&](int64_t roi, int64_t bin_row, int64_t worker) {
+  parallel_for_bins(threads, shape, [&](int64_t roi, Range bin_rows, int64_t worker) {
     const int64_t image_index = rectangles.image_index(roi);
-    const int64_t image = roi / shape.num_rois * map.num_images + image_index;
-    const int64_t first_bin = (roi * shape.bin_rows + bin_row) * shape.bin_cols;
-    const auto pooled_of = [&](int64_t col) {
-      return at(pooled, (first_bin + col) * pooled_bytes);
-    };
-    const auto argmax_of = [&](int64_t col) -> void* {
-      return with_argmax ? at(argmax, (first_bin + col) * argmax_bytes) : nullptr;
-    };
     const bool has_image = image_index >= 0;
-    const Range rows = rectangles.rows(roi, bin_row);
-    const bool has_rows = has_image && rows.size() > 0;
+    const int64_t image = roi / shape.num_rois * map.num_images + image_index;
     std::vector<Range>& cols = cols_of[worker];
     for (int64_t col = 0; col < shape.bin_cols; ++col) cols[col] = rectangles.cols(roi, col);
 
-    if (strips && has_rows) {
-      const void* const cells = at(features, image * map.image_size() * loops.item_size);
-      strips->pool(worker, cells, rows, cols, pooled_of(0), argmax_of(0));
-    }
-    for (int64_t col = 0; col < shape.bin_cols; ++col) {
-      if (has_rows && cols[col].size() > 0) {
-        if (!strips) {
-          Bin(loops, map.channels, pyramid->levels(image), pooled_of(col), argmax_of(col))
-              .add(0, rows, cols[col]);
+    for (int64_t bin_row = bin_rows.start; bin_row < bin_rows.end; ++bin_row) {
+      const int64_t first_bin = (roi * shape.bin_rows + bin_row) * shape.bin_cols;
+      const auto pooled_of = [&](int64_t col) {
+        return at(pooled, (first_bin + col) * pooled_bytes);
+      };
+      const auto argmax_of = [&](int64_t col) -> void* {
+        return with_argmax ? at(argmax, (first_bin + col) * argmax_bytes) : nullptr;
+      };
+      const Range rows = rectangles.rows(roi, bin_row);
+      const bool has_rows = has_image && rows.size() > 0;
+      if (strips && has_rows) {
+        const void* const cells = at(features, image * map.image_size() * loops.item_size);
+        strips->pool(worker, cells, rows, cols, pooled_of(0), argmax_of(0));
+      }
+      for (int64_t col = 0; col < shape.bin_cols; ++col) {
+        if (has_rows && cols[col].size() > 0) {
+          if (!strips) {
+            Bin(loops, map.channels, pyramid->levels(image), pooled_of(col), argmax_of(col))
+                .add(0, rows, cols[col]);
+          }
+          continue;
         }
-        continue;
+        if (has_image && empty_is_lowest) {
+          loops.fill_lowest(shape.channels, pooled_of(col));
+        } else {
+          std::memset(pooled_of(col), 0, pooled_bytes);
+        }
+        if (with_argmax) std::memset(argmax_of(col), 0xFF, argmax_bytes);  // -1
       }
-      if (has_image && empty_is_lowest) {
-        loops.fill_lowest(shape.channels, pooled_of(col));
-      } else {
-        std::memset(pooled_of(col), 0, pooled_bytes);
-      }
-      if (with_argmax) std::memset(argmax_of(col), 0xFF, argmax_bytes);  // -1
     }
-  };
-  // Neighbouring bins read the same cells, so a thread takes whole RoIs if there are many.
-  const int64_t parts = num_rois < 8 * threads.count ? shape.bin_rows : 1;
-  parallel_for(threads, num_rois * parts, [&](int64_t task, int64_t worker) {
-    const int64_t rows = shape.bin_rows / parts, first = task % parts * rows;
-    for (int64_t row = first; row < first + rows; ++row) pool_bin_row(task / parts, row, worker);
   });
 }
 

@@ -93,16 +93,12 @@ ffi::Error scatter_handler(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
   return run(kTarget, [&]() -> ffi::Error {
     Check check(kTarget);
     const ffi::DataType type = cotangent.element_type();
-    const bool is_float =
-        type == ffi::F32 || type == ffi::F64 || type == ffi::BF16 || type == ffi::F16;
-    if (!is_float) check.expected("cotangent", "of a floating dtype", cotangent);
+    if (!is_float(type)) check.expected("cotangent", "of a floating dtype", cotangent);
     check_shapes(check, "gradient", *gradient, "cotangent", cotangent, type, argmax, edges);
+    check.are_sums("gradient", *gradient, type);
     if (!check.ok()) return check.error();
     const MapShape map = map_shape(*gradient);
     const PooledShape shape = pooled_shape(cotangent);
-    check.is("gradient", *gradient, type == ffi::F64 ? ffi::F64 : ffi::F32,
-             {map.num_groups, map.num_images, map.height, map.width, map.channels});
-    if (!check.ok()) return check.error();
     scatter_at_argmax(loops_of(type, argmax.element_type()), map, shape, cotangent.untyped_data(),
                       argmax.untyped_data(), rectangles_of(edges, map, shape),
                       gradient->untyped_data(), threads_of(pool));

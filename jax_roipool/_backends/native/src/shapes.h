@@ -12,14 +12,17 @@ struct MapShape {
 
   int64_t cells() const { return height * width; }
   int64_t image_size() const { return cells() * channels; }
+  // An index of an image in its group, or -1 if the group has no such image.
+  int64_t image_index(int64_t index) const { return 0 <= index && index < num_images ? index : -1; }
 };
 
 // Maxima, argmaxes, tangents and cotangents: [num_groups, num_rois, bin_rows, bin_cols, channels].
 struct PooledShape {
   int64_t num_groups, num_rois, bin_rows, bin_cols, channels;
 
+  int64_t rois() const { return num_groups * num_rois; }
   int64_t bins() const { return bin_rows * bin_cols; }
-  int64_t size() const { return num_groups * num_rois * bins() * channels; }
+  int64_t size() const { return rois() * bins() * channels; }
   // Of each RoI in the array of edges.
   int64_t lanes() const { return 1 + 2 * bin_rows + 2 * bin_cols; }
 };
@@ -40,10 +43,7 @@ class Rectangles {
       : edges_(edges), map_(map), shape_(shape) {}
 
   // -1 if the group has no such image.
-  int64_t image_index(int64_t roi) const {
-    const int64_t index = edges_[roi * shape_.lanes()];
-    return 0 <= index && index < map_.num_images ? index : -1;
-  }
+  int64_t image_index(int64_t roi) const { return map_.image_index(edges_[roi * shape_.lanes()]); }
 
   // Rows and columns are kept inside the map, whatever the edges say.
   Range rows(int64_t roi, int64_t bin_row) const {

@@ -6,21 +6,17 @@ namespace {
 
 template <class E, class W>
 auto load_to_sum(const typename E::Stored* from) {
-  typename W::template Of<typename E::Stored> stored;
-  std::memcpy(&stored, from, sizeof stored);
-  return E::template to_sum<W>(stored);
+  return E::template to_sum<W>(load_vector<W>(from));
 }
 
-template <class V, class T>
-V load_vector(const T* from) {
-  V vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
-
-template <class V, class T>
-void store_vector(const V& vector, T* to) {
-  std::memcpy(to, &vector, sizeof vector);
+// Calls `add` with the weight and the offset of each cell, in order.
+template <class Sum, class Add>
+void for_each_cell(Taps rows, Taps columns, Add add) {
+  for (const Tap& row : rows) {
+    for (const Tap& column : columns) {
+      add(Sum(row.weight) * Sum(column.weight), row.offset + column.offset);
+    }
+  }
 }
 
 template <class E>
@@ -51,19 +47,14 @@ struct Loops {
       using Sums = typename W::template Of<Sum>;
       const T* const cells = static_cast<const T*>(map) + channel;
       Sums sums[vectors] = {};
-      for (const Tap& row : rows) {
-        for (const Tap& column : columns) {
-          const Sum weight = Sum(row.weight) * Sum(column.weight);
-          const T* const cell = cells + row.offset + column.offset;
-          for (int i = 0; i < vectors; ++i) {
-            sums[i] += weight * load_to_sum<E, W>(cell + i * W::kLanes);
-          }
+      for_each_cell<Sum>(rows, columns, [&](Sum weight, int64_t offset) {
+        for (int i = 0; i < vectors; ++i) {
+          sums[i] += weight * load_to_sum<E, W>(cells + offset + i * W::kLanes);
         }
-      }
+      });
       T* const to = static_cast<T*>(pooled) + channel;
       for (int i = 0; i < vectors; ++i) {
-        const typename W::template Of<T> rounded = E::template from_sum<W>(sums[i]);
-        store_vector(rounded, to + i * W::kLanes);
+        store_vector<W>(E::template from_sum<W>(sums[i]), to + i * W::kLanes);
       }
     });
   }
@@ -78,17 +69,12 @@ struct Loops {
       for (int i = 0; i < vectors; ++i) {
         values[i] = load_to_sum<E, W>(static_cast<const T*>(cotangent) + channel + i * W::kLanes);
       }
-      for (const Tap& row : rows) {
-        for (const Tap& column : columns) {
-          const Sum weight = Sum(row.weight) * Sum(column.weight);
-          Sum* const cell = cells + row.offset + column.offset;
-          for (int i = 0; i < vectors; ++i) {
-            Sum* const to = cell + i * W::kLanes;
-            const Sums total = load_vector<Sums>(to) + weight * values[i];
-            store_vector(total, to);
-          }
+      for_each_cell<Sum>(rows, columns, [&](Sum weight, int64_t offset) {
+        for (int i = 0; i < vectors; ++i) {
+          Sum* const to = cells + offset + i * W::kLanes;
+          store_vector<W>(load_vector<W>(to) + weight * values[i], to);
         }
-      }
+      });
     });
   }
 

@@ -67,32 +67,29 @@ Taps BinTaps::taps(const AxisTaps& axis, int64_t roi, int64_t bin, Range wanted,
 void weighted_sum(const SumLoops& loops, const MapShape& map, const PooledShape& shape,
                   const void* features, const BinTaps& bins, void* pooled, const Threads& threads) {
   if (shape.size() == 0) return;
-  const int64_t num_rois = shape.num_groups * shape.num_rois;
   const int64_t bin_bytes = shape.channels * loops.item_size;
   prefer_huge_pages(pooled, shape.size() * loops.item_size);
 
-  Scratch scratch(bins, shape, threads.workers(num_rois * shape.bin_rows));
-  const auto pool_bin_row = [&](int64_t roi, int64_t bin_row, const Taps* columns, int64_t worker) {
-    const int64_t image = roi / shape.num_rois * map.num_images + bins.image_index(roi);
-    const void* const cells = at(features, image * map.image_size() * loops.item_size);
-    const Taps rows = scratch.row(worker, roi, bin_row, {0, map.height});
-    for (int64_t bin_col = 0; bin_col < shape.bin_cols; ++bin_col) {
-      const int64_t bin = (roi * shape.bin_rows + bin_row) * shape.bin_cols + bin_col;
-      loops.sum(cells, rows, columns[bin_col], shape.channels, at(pooled, bin * bin_bytes));
-    }
-  };
-  // Neighbouring bins read the same cells, so a thread takes whole RoIs if there are many.
-  const int64_t parts = num_rois < 8 * threads.count ? shape.bin_rows : 1;
-  parallel_for(threads, num_rois * parts, [&](int64_t task, int64_t worker) {
-    const int64_t roi = task / parts, rows = shape.bin_rows / parts;
-    const int64_t first = task % parts * rows;
-    if (bins.image_index(roi) < 0) {
-      const int64_t bytes = rows * shape.bin_cols * bin_bytes;
-      std::memset(at(pooled, task * bytes), 0, bytes);
+  Scratch scratch(bins, shape, workers_on_bins(threads, shape));
+  parallel_for_bins(threads, shape, [&](int64_t roi, Range bin_rows, int64_t worker) {
+    const int64_t image_index = bins.image_index(roi);
+    const auto pooled_of = [&](int64_t bin_row, int64_t bin_col) {
+      return at(pooled, ((roi * shape.bin_rows + bin_row) * shape.bin_cols + bin_col) * bin_bytes);
+    };
+    if (image_index < 0) {
+      const int64_t bytes = bin_rows.size() * shape.bin_cols * bin_bytes;
+      std::memset(pooled_of(bin_rows.start, 0), 0, bytes);
       return;
     }
+    const int64_t image = roi / shape.num_rois * map.num_images + image_index;
+    const void* const cells = at(features, image * map.image_size() * loops.item_size);
     const Taps* const columns = scratch.columns(worker, roi);
-    for (int64_t row = first; row < first + rows; ++row) pool_bin_row(roi, row, columns, worker);
+    for (int64_t bin_row = bin_rows.start; bin_row < bin_rows.end; ++bin_row) {
+      const Taps rows = scratch.row(worker, roi, bin_row, {0, map.height});
+      for (int64_t bin_col = 0; bin_col < shape.bin_cols; ++bin_col) {
+        loops.sum(cells, rows, columns[bin_col], shape.channels, pooled_of(bin_row, bin_col));
+      }
+    }
   });
 }
 

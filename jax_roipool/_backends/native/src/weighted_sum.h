@@ -27,13 +27,10 @@ struct AxisTaps {
 class BinTaps {
  public:
   BinTaps(const int32_t* cells, int64_t lanes, const MapShape& map, AxisTaps rows, AxisTaps columns)
-      : cells_(cells), lanes_(lanes), num_images_(map.num_images), rows_(rows), columns_(columns) {}
+      : cells_(cells), lanes_(lanes), map_(map), rows_(rows), columns_(columns) {}
 
   // -1 if the group has no such image. `roi` counts the RoIs of all groups.
-  int64_t image_index(int64_t roi) const {
-    const int64_t index = cells_[roi * lanes_];
-    return 0 <= index && index < num_images_ ? index : -1;
-  }
+  int64_t image_index(int64_t roi) const { return map_.image_index(cells_[roi * lanes_]); }
 
   // Those with a weight, in order, of the rows or columns of the map that are wanted. `found` has
   // place for all.
@@ -51,7 +48,8 @@ class BinTaps {
   Taps taps(const AxisTaps& axis, int64_t roi, int64_t bin, Range wanted, Tap* found) const;
 
   const int32_t* cells_;
-  int64_t lanes_, num_images_;
+  int64_t lanes_;
+  MapShape map_;
   AxisTaps rows_, columns_;
 };
 

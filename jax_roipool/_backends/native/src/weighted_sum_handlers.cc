@@ -14,11 +14,6 @@ const SumLoops& loops_of(ffi::DataType element) {
   return (*vectors().sums)[static_cast<int>(*element_of(element))];
 }
 
-bool is_float(ffi::DataType type) {
-  const auto element = element_of(type);
-  return element && static_cast<int>(*element) < kFloats;
-}
-
 void check_weights(Check& check, const char* name, ffi::AnyBuffer weights, int64_t runs,
                    const PooledShape& shape, int64_t bins) {
   const auto dimensions = weights.dimensions();
@@ -95,11 +90,9 @@ ffi::Error scatter_handler(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
     const ffi::DataType type = cotangent.element_type();
     if (!is_float(type)) check.expected("cotangent", "of a floating dtype", cotangent);
     check_shapes(check, "gradient", *gradient, "cotangent", cotangent, type, operands);
+    check.are_sums("gradient", *gradient, type);
     if (!check.ok()) return check.error();
     const MapShape map = map_shape(*gradient);
-    check.is("gradient", *gradient, type == ffi::F64 ? ffi::F64 : ffi::F32,
-             {map.num_groups, map.num_images, map.height, map.width, map.channels});
-    if (!check.ok()) return check.error();
     const PooledShape shape = pooled_shape(cotangent);
     weighted_scatter(loops_of(type), map, shape, cotangent.untyped_data(),
                      bins_of(operands, map, shape), gradient->untyped_data(), threads_of(pool));
