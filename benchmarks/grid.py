@@ -33,9 +33,8 @@ from jax_roipool._backends import native
 
 BASE = Workload("base", (1, 160, 240, 64), 300)
 DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8", "int16", "int32")
-PEERS = ("OpenVINO", "torchvision")
 WANTED = {"OpenVINO": 1.5, "torchvision": 2.0}
-"""No ratio should be below this."""
+"""Peers, and what none of their ratios should be below."""
 
 
 class OfType(JaxRoIPool):
@@ -76,7 +75,7 @@ def cells(base: Workload, budget: Budget, *, ends: bool) -> Iterator[dict[str, A
     found, missing = candidates.available(candidates.roi_pool())
     for name, why in missing.items():
         print(f"without {name}: {why}")
-    compared = [found[0], *(c for c in found if c.name in PEERS)]
+    compared = [found[0], *(c for c in found if c.name in WANTED)]
     for quantity, points in quantities(base).items():
         values = (min(points), max(points)) if ends else tuple(points)
         for value, workload in ((value, points[value]) for value in values):
@@ -103,7 +102,7 @@ def draw(results: list[dict[str, Any]]):
             axes.tick_params(axis="x", rotation=60)
             axes.set_ylabel("time, float32 = 1")
             continue
-        for peer in PEERS:
+        for peer in WANTED:
             for mode, style in ((FORWARD, "-"), (GRADIENT, "--")):
                 points = [
                     (cell["value"], cell["times"][peer]["ratio"])

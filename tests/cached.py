@@ -33,7 +33,7 @@ def main(folder, how, empty_value):
     def loss(features):
         options = OPTIONS.get(how, {})
         if how == "align":
-            return roi_align(features, rois, 2, **options).sum()
+            return roi_align(features, rois, 2, aligned=empty_value == "0", **options).sum()
         convention = Convention(empty_value=float(empty_value))
         return roi_pool(features, rois, 2, convention=convention, **options).sum()
 

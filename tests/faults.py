@@ -478,11 +478,12 @@ FAULTS = (
         "jnp.where(last_key == maximum, last, size)",
         "size",
     ),
-    backend(
-        "indexing.py",
-        "narrow sums",
-        "sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32",
-        "sum_dtype = cotangent.dtype",
+    Fault(
+        "sums.py: narrow sums",
+        PACKAGE + "_backends/sums.py",
+        "x.dtype if x.dtype.itemsize > 4 else jnp.float32",
+        "x.dtype",
+        "contract weighted_sum",
     ),
     backend(
         "indexing.py",

@@ -174,8 +174,7 @@ def test_the_persistent_cache(how, tmp_path):
     assert hits("0") == 0
     # JAX's key of a program with custom_partitioning has an address in it: a limit of JAX's.
     assert hits("0") == (how != "auto")
-    if how == "spec":
-        assert hits("-inf") == 0  # is another program, if not by its operations
+    assert hits("-inf") == 0  # is another program, if not by its operations
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
+
+from jax_roipool._backends.sums import sum_dtype
 
 
 def rectangle_max(
@@ -57,6 +58,6 @@ def scatter_at_argmax(
       map_shape: (n, H, W).
     """
     shape = (cotangent.shape[0], *map_shape, cotangent.shape[4])
-    sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32
-    call = jax.ffi.ffi_call("jax_roipool_cpu_scatter_v2", jax.ShapeDtypeStruct(shape, sum_dtype))
+    result = jax.ShapeDtypeStruct(shape, sum_dtype(cotangent))
+    call = jax.ffi.ffi_call("jax_roipool_cpu_scatter_v2", result)
     return [call(cotangent, argmax, edges).astype(cotangent.dtype)]

@@ -26,6 +26,7 @@ from jax_roipool._backends.rectangle_max.portable import (
     pool_in_chunks,
     split_edges,
 )
+from jax_roipool._backends.sums import sum_dtype
 from jax_roipool._manual_axes import vary_with
 
 CHUNK_BYTES = 1 << 26
@@ -78,11 +79,11 @@ def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):
     shape = (groups, *map_shape, channels)
     if 0 in shape or cotangent.size == 0:
         return [jnp.zeros(shape, cotangent.dtype)]
-    sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32
+    dtype = sum_dtype(cotangent)
 
     def to_columns(cotangent, argmax, edges):
         in_column, row_at = _columns(argmax, edges, map_shape)
-        cotangent = jnp.where(in_column, cotangent[:, None].astype(sum_dtype), 0)
+        cotangent = jnp.where(in_column, cotangent[:, None].astype(dtype), 0)
         return cotangent.sum(axis=2), row_at  # [P, W, C]
 
     def add_chunk(sums, operands):
@@ -93,7 +94,7 @@ def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):
 
     operands = cotangent, argmax, edges
     chunks = to_chunks(operands, _rois_at_a_time(groups * bin_rows * width * channels))
-    sums = jnp.zeros((images * height, groups, width, channels), sum_dtype)
+    sums = jnp.zeros((images * height, groups, width, channels), dtype)
     sums, _ = lax.scan(add_chunk, vary_with(sums, *operands), chunks)
     return [jnp.moveaxis(sums, 1, 0).reshape(shape).astype(cotangent.dtype)]
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from jax_roipool._backends.rectangle_max.portable import INDEX_LIMIT, has_image, split_edges
+from jax_roipool._backends.sums import sum_dtype
 
 
 def gather_at_argmax(features, argmax, edges):
@@ -38,19 +39,19 @@ def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):
         return [jnp.zeros(shape, cotangent.dtype)]
     images, height, width = map_shape
     cells = (images, height * width, channels)
-    sum_dtype = cotangent.dtype if cotangent.dtype.itemsize > 4 else jnp.float32
+    dtype = sum_dtype(cotangent)
     found, image, cell = _cells(argmax, edges, images)
     image = jnp.where(found, image, images)  # is dropped
 
     def scatter_group(cotangent, image, cell):
         index = (image, cell, _channel_of(cell))
-        sums = jnp.zeros(cells, sum_dtype)
+        sums = jnp.zeros(cells, dtype)
         last = math.prod(cells) + math.prod(cells[1:])
         if not is_symbolic_dim(last) and last < INDEX_LIMIT:
             # One index instead of three: on a CPU faster, and with little over half the memory.
             index = (index[0] * math.prod(cells[1:]) + index[1] * channels + index[2],)
             sums = sums.reshape(-1)
-        return sums.at[index].add(cotangent.astype(sum_dtype), mode="drop")
+        return sums.at[index].add(cotangent.astype(dtype), mode="drop")
 
     sums = jax.vmap(scatter_group)(cotangent, image, cell)
     return [sums.reshape(shape).astype(cotangent.dtype)]

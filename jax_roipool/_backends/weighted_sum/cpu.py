@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jax_roipool._backends.sums import sum_dtype
 from jax_roipool._backends.weighted_sum.gather import column_weights, row_weights
 
 __all__ = ["column_weights", "row_weights", "weighted_scatter", "weighted_sum"]
@@ -22,8 +22,7 @@ def weighted_sum(features, cells, rows, columns, *, run):
 def weighted_scatter(pooled, cells, rows, columns, *, run, map_shape):
     """See `jax_roipool._backends.weighted_sum`."""
     shape = (pooled.shape[0], *map_shape, pooled.shape[4])
-    sum_dtype = pooled.dtype if pooled.dtype.itemsize > 4 else jnp.float32
-    result = jax.ShapeDtypeStruct(shape, sum_dtype)
+    result = jax.ShapeDtypeStruct(shape, sum_dtype(pooled))
     call = jax.ffi.ffi_call("jax_roipool_cpu_weighted_scatter_v1", result)
     return [
         call(pooled, cells, rows, columns, **_attributes(rows, columns, run)).astype(pooled.dtype)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 
+from jax_roipool._backends.sums import sum_dtype
 from jax_roipool._backends.weighted_sum.cells import unpack
 from jax_roipool._manual_axes import vary_with
 
@@ -51,7 +52,7 @@ def weighted_sum(features, cells, rows, columns, *, run):
     shape = (*rows.shape[:3], columns.shape[2], features.shape[4])
     if 0 in features.shape or 0 in shape:
         return [jnp.zeros(shape, features.dtype)]
-    dtype = _sum_dtype(features)
+    dtype = sum_dtype(features)
     read = _reader(features, dtype)
 
     def pool(rois):
@@ -80,7 +81,7 @@ def weighted_scatter(pooled, cells, rows, columns, *, run, map_shape):
     shape = (pooled.shape[0], n, H, W, C)
     if 0 in shape or pooled.size == 0:
         return [jnp.zeros(shape, pooled.dtype)]
-    dtype = _sum_dtype(pooled)
+    dtype = sum_dtype(pooled)
 
     def add(sums, rois, cotangents, add_taps):
         cotangents = jnp.where(_counts(rois), cotangents.astype(dtype), 0)
@@ -139,7 +140,7 @@ def _weights(features, pooled, cells, weights, shapes, run, axis):
     shape = shapes[axis]
     if 0 in features.shape or 0 in pooled.shape or 0 in shape:
         return jnp.zeros(shape, jnp.float32)
-    dtype = _sum_dtype(features)
+    dtype = sum_dtype(features)
     read = _reader(features, dtype)
 
     def weigh(operands):
@@ -166,10 +167,6 @@ def _weights(features, pooled, cells, weights, shapes, run, axis):
     rois = _rois(cells, weights, shapes, run, features.shape[1:4], dtype)
     operands = rois, pooled.reshape(-1, *pooled.shape[2:])
     return _map_rois(weigh, operands, shapes).reshape(shape).astype(jnp.float32)
-
-
-def _sum_dtype(x: jax.Array):
-    return x.dtype if x.dtype.itemsize > 4 else jnp.float32
 
 
 def _as_table(features: jax.Array) -> jax.Array:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_roipool._backends.chunks import map_chunks, to_chunks
+from jax_roipool._backends.sums import sum_dtype
 from jax_roipool._backends.weighted_sum.cells import unpack
 from jax_roipool._manual_axes import vary_with
 
@@ -50,7 +50,7 @@ def weighted_scatter(pooled, cells, rows, columns, *, run, map_shape):
     shape = (G, *map_shape, C)
     if 0 in shape or pooled.size == 0:
         return [jnp.zeros(shape, pooled.dtype)]
-    dtype = _sum_dtype(pooled)
+    dtype = sum_dtype(pooled)
 
     def add_chunk(sums, chunk):
         pooled, cells, rows, columns = chunk
@@ -71,7 +71,7 @@ def row_weights(features, pooled, cells, columns, *, run, taps):
     n, H, W = features.shape[1:4]
     if 0 in features.shape or 0 in pooled.shape or 0 in columns.shape or 0 in taps:
         return [jnp.zeros((G, K, P, *taps), jnp.float32)]
-    dtype = _sum_dtype(features)
+    dtype = sum_dtype(features)
     features = features.astype(dtype)
 
     def weigh(pooled, cells, columns):
@@ -93,7 +93,7 @@ def column_weights(features, pooled, cells, rows, *, run, taps):
     n, H, W = features.shape[1:4]
     if 0 in features.shape or 0 in pooled.shape or 0 in rows.shape or 0 in taps:
         return [jnp.zeros((G, K, Q, *taps), jnp.float32)]
-    dtype = _sum_dtype(features)
+    dtype = sum_dtype(features)
     features = features.astype(dtype)
 
     def weigh(pooled, cells, rows):
@@ -114,7 +114,7 @@ def column_weights(features, pooled, cells, rows, *, run, taps):
 def _sum(features, cells, rows, columns, run):
     """`weighted_sum` of finite features, not yet rounded to their dtype."""
     G, *map_shape, C = features.shape
-    dtype = _sum_dtype(features)
+    dtype = sum_dtype(features)
     features = features.astype(dtype)
 
     def pool_chunk(cells, rows, columns):
@@ -148,10 +148,6 @@ def _is_at(first, run, size):
     cell = jnp.clip(first[..., None] + lax.iota(jnp.int32, run), 0, size - 1)
     cell = cell.reshape(*first.shape[:-1], first.shape[-1] * run, 1)
     return cell == lax.iota(jnp.int32, size)
-
-
-def _sum_dtype(x: jax.Array):
-    return x.dtype if x.dtype.itemsize > 4 else jnp.float32
 
 
 def _rois_at_a_time(elements_per_roi: int) -> int:
