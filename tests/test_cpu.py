@@ -34,8 +34,11 @@ def test_channels_that_do_not_fill_a_vector(channels, dtype):
         assert_same(actual, expected)
 
 
-# So many bins of so many cells are pooled from tiles of 2x2, 4x4 and 8x8 cells, made once for all.
-# With few values there are ties in every bin, which the tiles do not meet in row-major order.
+# So many bins of so many cells and channels are pooled from tiles of 2x2, 4x4 and 8x8 cells, made
+# once for all. With few values there are ties in every bin, which tiles do not meet in row-major
+# order. The oracle takes three channels, which are repeated.
+
+REPEATS = 24
 
 
 def large_bins(images=2, count=100):
@@ -44,8 +47,12 @@ def large_bins(images=2, count=100):
     features[rng.random(features.shape) < 0.001] = np.nan
     start = rng.uniform(-9, 9, (count, 2))
     stop = start + rng.uniform(40, 70, (count, 2))
-    index = rng.integers(-1, images + 1, (count, 1))
-    return features, np.concatenate([index, start, stop], axis=1).astype(np.float32)
+    index = rng.integers(-1, images + 1, count)
+    return features, np.column_stack([index, start, stop]).astype(np.float32)
+
+
+def repeated(array):
+    return np.tile(array, REPEATS)
 
 
 @pytest.mark.parametrize("convention", ("partition", "torchvision"))
@@ -53,15 +60,15 @@ def large_bins(images=2, count=100):
 @pytest.mark.parametrize("output_size", ((1, 1), (2, 3)))
 def test_large_bins(output_size, dtype, convention):
     features, rois = large_bins()
-    features = jnp.asarray(features, dtype)
+    features = features.astype(dtype)
     wanted = oracle.roi_pool(features, rois, output_size, resolved(convention))
-    pooled, argmax = pool(features, rois, output_size, convention)
-    assert_same(pooled, wanted[0])
-    assert_same(argmax, wanted[1])
+    pooled, argmax = pool(repeated(features), rois, output_size, convention)
+    assert_same(pooled, repeated(wanted[0]))
+    assert_same(argmax, repeated(wanted[1]))
     without_argmax = jax_roipool.roi_pool(
-        features, rois, output_size, convention=convention, implementation="cpu"
+        repeated(features), rois, output_size, convention=convention, implementation="cpu"
     )
-    assert_same(without_argmax, wanted[0])
+    assert_same(without_argmax, repeated(wanted[0]))
 
 
 def test_gradient_of_large_bins():
@@ -70,13 +77,13 @@ def test_gradient_of_large_bins():
 
     def value(features):
         pooled = jax_roipool.roi_pool(features, rois, 2, implementation="cpu")
-        return jnp.vdot(jnp.where(jnp.isnan(pooled), 0, pooled), cotangent)
+        return jnp.vdot(jnp.where(jnp.isnan(pooled), 0, pooled), repeated(cotangent))
 
     pooled, argmax = oracle.roi_pool(features, rois, (2, 2), resolved("partition"))
     wanted = oracle.roi_pool_grad(
         np.where(np.isnan(pooled), 0, cotangent), argmax, features.shape, rois
     )
-    assert_same(jax.grad(value)(jnp.asarray(features)), wanted.astype(np.float32))
+    assert_same(jax.grad(value)(repeated(features)), repeated(wanted.astype(np.float32)))
 
 
 @pytest.mark.full

@@ -10,20 +10,18 @@ namespace {
 
 // What tiles would do for one image.
 struct Use {
-  double saved = 0;  // reads of cells
+  double saved = 0;  // of the cost
   int64_t levels = 0;
-
-  // Making the tiles took as long as it takes to read 2 to 8 times all cells.
-  bool pays(const MapShape& map) const { return saved > 8.0 * map.cells(); }
 };
 
-// `rows` and `cols` are summed over the RoI's bins.
-void add_roi(Use& use, double bin_rows, double bin_cols, double rows, double cols) {
-  // A bin of r x c cells reads about r + c tiles of each size, half as many as of the next size.
-  const double saved = rows * cols - 2 * (rows * bin_cols + cols * bin_rows);
+// `rows` are those of all of the RoI's bins.
+void add_roi(Use& use, const Costs& costs, double bin_rows, double rows, const BinCols& cols) {
+  const double mean = rows / bin_rows;
+  const double without = std::min(costs.cells(mean, cols), costs.strips(mean, cols));
+  const double saved = without - costs.tiles(mean, cols);
   if (saved <= 0) return;
-  use.saved += saved;
-  const double side = std::min(rows / bin_rows, cols / bin_cols);
+  use.saved += bin_rows * saved;
+  const double side = std::min(mean, static_cast<double>(cols.sum) / cols.bins);
   while ((4 << use.levels) <= side) ++use.levels;
 }
 
@@ -31,17 +29,18 @@ void add_roi(Use& use, double bin_rows, double bin_cols, double rows, double col
 
 Pyramid::Pyramid(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                  const void* features, const Rectangles& rectangles, bool with_argmax,
-                 const Threads& threads) {
+                 const Costs& costs, const Threads& threads) {
   const int64_t num_images = map.num_groups * map.num_images;
   std::vector<Use> uses(num_images);
+  BinCols cols(shape);
   for (int64_t roi = 0; roi < shape.num_groups * shape.num_rois; ++roi) {
     const int64_t image_index = rectangles.image_index(roi);
     if (image_index < 0) continue;
-    double rows = 0, cols = 0;
+    int64_t rows = 0;
     for (int64_t p = 0; p < shape.bin_rows; ++p) rows += rectangles.rows(roi, p).size();
-    for (int64_t q = 0; q < shape.bin_cols; ++q) cols += rectangles.cols(roi, q).size();
-    add_roi(uses[roi / shape.num_rois * map.num_images + image_index], shape.bin_rows,
-            shape.bin_cols, rows, cols);
+    cols.set(rectangles, roi);
+    add_roi(uses[roi / shape.num_rois * map.num_images + image_index], costs, shape.bin_rows, rows,
+            cols);
   }
 
   // The rows of an image that make one row of tiles of its last level.
@@ -55,7 +54,8 @@ Pyramid::Pyramid(const MaximumLoops& loops, const MapShape& map, const PooledSha
     image.levels.push_back(
         {at(features, i * map.image_size() * loops.item_size), nullptr, map.height, map.width});
     const Use& use = uses[i];
-    if (!use.pays(map) || !add_levels(loops, map.channels, use.levels, with_argmax, image)) {
+    if (use.saved <= costs.making_tiles() * map.cells() ||
+        !add_levels(loops, map.channels, use.levels, with_argmax, image)) {
       continue;
     }
     const int64_t rows = int64_t{1} << use.levels;

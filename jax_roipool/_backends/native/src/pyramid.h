@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "costs.h"
 #include "loops.h"
 #include "parallel.h"
 #include "shapes.h"
@@ -25,11 +26,12 @@ class Pyramid {
   // them. They take up to a third of the memory of the features, and as much again per byte of an
   // argmax.
   Pyramid(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
-          const void* features, const Rectangles& rectangles, bool with_argmax,
+          const void* features, const Rectangles& rectangles, bool with_argmax, const Costs& costs,
           const Threads& threads);
 
   // The levels of an image, at least level 0. `image` counts the images of all groups.
   const std::vector<Level>& levels(int64_t image) const { return images_[image].levels; }
+  bool has_tiles(int64_t image) const { return levels(image).size() > 1; }
 
  private:
   struct Image {

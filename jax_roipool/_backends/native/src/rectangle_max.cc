@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <vector>
 
+#include "costs.h"
 #include "memory.h"
 #include "pyramid.h"
 #include "strips.h"
@@ -81,6 +81,11 @@ class Bin {
   int32_t indices_[kCells];
 };
 
+bool prefers_strips(const Costs& costs, Range rows, const BinCols& cols, bool has_tiles) {
+  const double cells = costs.cells(rows.size(), cols), tiles = costs.tiles(rows.size(), cols);
+  return costs.strips(rows.size(), cols) < (has_tiles ? std::min(cells, tiles) : cells);
+}
+
 }  // namespace
 
 void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
@@ -94,21 +99,16 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
   if (with_argmax) prefer_huge_pages(argmax, shape.rois() * shape.bins() * argmax_bytes);
 
   const int64_t workers = workers_on_bins(threads, shape);
-  std::optional<Strips> strips;
-  std::optional<Pyramid> pyramid;
-  if (Strips::serve(loops, map.channels, with_argmax)) {
-    strips.emplace(loops, map, with_argmax, workers);
-  } else {
-    pyramid.emplace(loops, map, shape, features, rectangles, with_argmax, threads);
-  }
-
-  std::vector<std::vector<Range>> cols_of(workers, std::vector<Range>(shape.bin_cols));
+  const Costs costs(loops, map.channels, with_argmax);
+  const Pyramid pyramid(loops, map, shape, features, rectangles, with_argmax, costs, threads);
+  Strips strips(loops, map, with_argmax, workers);
+  std::vector<BinCols> cols_of(workers, BinCols(shape));
   parallel_for_bins(threads, shape, [&](int64_t roi, Range bin_rows, int64_t worker) {
     const int64_t image_index = rectangles.image_index(roi);
     const bool has_image = image_index >= 0;
     const int64_t image = roi / shape.num_rois * map.num_images + image_index;
-    std::vector<Range>& cols = cols_of[worker];
-    for (int64_t col = 0; col < shape.bin_cols; ++col) cols[col] = rectangles.cols(roi, col);
+    BinCols& cols = cols_of[worker];
+    cols.set(rectangles, roi);
 
     for (int64_t bin_row = bin_rows.start; bin_row < bin_rows.end; ++bin_row) {
       const int64_t first_bin = (roi * shape.bin_rows + bin_row) * shape.bin_cols;
@@ -120,15 +120,18 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
       };
       const Range rows = rectangles.rows(roi, bin_row);
       const bool has_rows = has_image && rows.size() > 0;
-      if (strips && has_rows) {
+      const bool by_strips =
+          has_rows && prefers_strips(costs, rows, cols, pyramid.has_tiles(image));
+      if (by_strips) {
         const void* const cells = at(features, image * map.image_size() * loops.item_size);
-        strips->pool(worker, cells, rows, cols, pooled_of(0), argmax_of(0));
+        strips.pool(worker, cells, rows, cols, pooled_of(0), argmax_of(0));
       }
       for (int64_t col = 0; col < shape.bin_cols; ++col) {
-        if (has_rows && cols[col].size() > 0) {
-          if (!strips) {
-            Bin(loops, map.channels, pyramid->levels(image), pooled_of(col), argmax_of(col))
-                .add(0, rows, cols[col]);
+        const Range bin_cols = cols.of_bin[col];
+        if (has_rows && bin_cols.size() > 0) {
+          if (!by_strips) {
+            Bin(loops, map.channels, pyramid.levels(image), pooled_of(col), argmax_of(col))
+                .add(0, rows, bin_cols);
           }
           continue;
         }

@@ -1,6 +1,7 @@
 #include "strips.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "memory.h"
 
@@ -19,25 +20,14 @@ Strips::Strips(const MaximumLoops& loops, const MapShape& map, bool with_argmax,
       map_(map),
       value_bytes_(map.channels * loops.item_size),
       row_bytes_(with_argmax ? map.channels * loops.argmax_size : 0),
-      values_(workers * with_a_line_more(map.width * value_bytes_)),
-      rows_(workers * with_a_line_more(map.width * row_bytes_)) {}
+      values_(new char[workers * with_a_line_more(map.width * value_bytes_)]),
+      rows_(new char[workers * with_a_line_more(map.width * row_bytes_)]) {}
 
-bool Strips::serve(const MaximumLoops& loops, int64_t channels, bool with_argmax) {
-  const int64_t lane = with_argmax ? std::max<int64_t>(loops.item_size, 4) : loops.item_size;
-  return channels * lane <= 32;
-}
-
-void Strips::pool(int64_t worker, const void* image, Range rows, const std::vector<Range>& cols,
-                  void* pooled, void* argmax) {
-  Range hull = {map_.width, 0};
-  for (const Range& range : cols) {
-    if (range.size() == 0) continue;
-    hull = {std::min(hull.start, range.start), std::max(hull.end, range.end)};
-  }
-  if (hull.size() == 0) return;
-  fill(worker, image, rows, hull);
-  loops_.across(value(worker, 0), argmax == nullptr ? nullptr : row(worker, 0), cols.data(),
-                cols.size(), map_.width, map_.channels, pooled, argmax);
+void Strips::pool(int64_t worker, const void* image, Range rows, const BinCols& cols, void* pooled,
+                  void* argmax) {
+  fill(worker, image, rows, cols.hull);
+  loops_.across(value(worker, 0), argmax == nullptr ? nullptr : row(worker, 0), cols.of_bin.data(),
+                cols.of_bin.size(), map_.width, map_.channels, pooled, argmax);
 }
 
 // Takes the maximum of each of these columns.
@@ -60,14 +50,17 @@ void Strips::fill(int64_t worker, const void* image, Range rows, Range cols) {
       loops_.argmax(cells, indices, count, channels, resume, maxima, row(worker, cols.start));
     }
   }
+  // The last column's vectors go on after it, in lanes that are thrown away.
+  std::memset(value(worker, cols.end), 0, kCacheLine);
+  if (row_bytes_ > 0) std::memset(row(worker, cols.end), 0, kCacheLine);
 }
 
 void* Strips::value(int64_t worker, int64_t col) {
-  return values_.data() + worker * with_a_line_more(map_.width * value_bytes_) + col * value_bytes_;
+  return values_.get() + worker * with_a_line_more(map_.width * value_bytes_) + col * value_bytes_;
 }
 
 void* Strips::row(int64_t worker, int64_t col) {
-  return rows_.data() + worker * with_a_line_more(map_.width * row_bytes_) + col * row_bytes_;
+  return rows_.get() + worker * with_a_line_more(map_.width * row_bytes_) + col * row_bytes_;
 }
 
 }  // namespace jax_roipool
