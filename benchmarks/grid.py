@@ -91,7 +91,9 @@ def cells(base: Workload, budget: Budget, *, ends: bool) -> Iterator[dict[str, A
 def draw(results: list[dict[str, Any]]):
     """Ratios against each quantity, and the times of types as shares of float32's."""
     names = list(dict.fromkeys(cell["quantity"] for cell in results))
-    figure, all_axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), layout="tight")
+    figure, all_axes = plt.subplots(
+        1, len(names), figsize=(4 * len(names), 4), layout="constrained"
+    )
     for axes, quantity in zip(all_axes, names, strict=True):
         of_quantity = [cell for cell in results if cell["quantity"] == quantity]
         axes.set_title(quantity)
@@ -118,7 +120,7 @@ def draw(results: list[dict[str, Any]]):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_ylabel("time, jax_roipool = 1")
-    all_axes[0].legend(fontsize="small")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
 
 
