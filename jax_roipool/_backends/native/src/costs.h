@@ -5,11 +5,34 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "loops.h"
 #include "shapes.h"
 
 namespace jax_roipool {
+
+// The columns of a RoI's bins.
+struct BinCols {
+  std::vector<Range> of_bin;
+  Range hull;         // from the first to the last of all bins
+  int64_t bins, sum;  // how many bins have columns, and how many columns these have
+
+  explicit BinCols(const PooledShape& shape) : of_bin(shape.bin_cols) {}
+
+  void set(const Rectangles& rectangles, int64_t roi) {
+    hull = {};
+    bins = sum = 0;
+    for (size_t bin = 0; bin < of_bin.size(); ++bin) {
+      const Range cols = of_bin[bin] = rectangles.cols(roi, bin);
+      if (cols.size() == 0) continue;
+      hull =
+          bins == 0 ? cols : Range{std::min(hull.start, cols.start), std::max(hull.end, cols.end)};
+      ++bins;
+      sum += cols.size();
+    }
+  }
+};
 
 class Costs {
  public:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "costs.h"
 #include "loops.h"
 #include "shapes.h"
 
