@@ -17,6 +17,7 @@ from jax_roipool._explicit_axes import call_in_explicit_mode
 from jax_roipool._rois import (
     FLOAT_DTYPES,
     canonical_features,
+    canonical_onto,
     canonical_rois,
     check_arguments,
     check_output_size,
@@ -93,6 +94,7 @@ def _average_canonical(
     image_index: jax.Array | None,
     roi_mask: jax.Array | None,
     spatial_scale: jax.Array,
+    onto: jax.Array | None,
     *,
     make_taps: Callable,
     output_size: tuple[int, int],
@@ -111,7 +113,7 @@ def _average_canonical(
     if position_sensitive:
         pooled = _pool_own_channels(maps, taps, implementation)
     else:
-        pooled = weighted_sum(maps, taps, implementation)
+        pooled = weighted_sum(maps, taps, implementation, canonical_onto(onto, rois))
     return pooled.reshape(*rois.shape[:-1], *pooled.shape[2:])
 
 

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_roipool._partitioning import choose
+from jax_roipool._pr_roi_pool import pr_roi_pool
+from jax_roipool._roi_align import roi_align
+from jax_roipool._roi_average_pool import roi_average_pool
+from jax_roipool._roi_pool import roi_pool
 from jax_roipool._rois import (
+    MaskOnto,
     as_array,
     check_mask,
     check_one_a_roi,
@@ -22,6 +28,9 @@ from jax_roipool._rois import (
     describe,
     split_alike,
 )
+
+TAKE_ONTO = (roi_pool, roi_align, roi_average_pool, pr_roi_pool)
+"""Operators that can write a level's RoIs into what the other levels gave: see `MaskOnto`."""
 
 INFINITY_BITS = 0x7F800000  # of float32, as are the bits of all smaller numbers below
 
@@ -171,38 +180,39 @@ def pool_levels(
     roi_mask = check_mask(roi_mask, rois)
     if roi_mask is not None:
         levels = jnp.where(split_alike(roi_mask, rois), levels, -1)
+    takes_onto = _takes_onto(pool)
     pooled = None
     for i, (features_of_level, scale) in enumerate(zip(maps, spatial_scales, strict=True)):
         own = levels == i
-        of_level = pool(features_of_level, rois, spatial_scale=scale, roi_mask=own)
+        mask = MaskOnto(own, pooled) if takes_onto and pooled is not None else own
+        of_level = pool(features_of_level, rois, spatial_scale=scale, roi_mask=mask)
         if not isinstance(of_level, jax.Array):
             raise TypeError(f"pool must return one array, got {type(of_level).__name__}")
-        pooled = of_level if pooled is None else _join(own, of_level, pooled)
+        joined = takes_onto or pooled is None
+        pooled = of_level if joined else _join(own, of_level, pooled)
     assert pooled is not None
     return pooled
 
 
-def _join(own: jax.Array, of_level: jax.Array, pooled: jax.Array) -> jax.Array:
-    """The level's own RoIs from it, all others as they were."""
-    sharding = jax.typeof(of_level).sharding
-    if any(sharding.spec):
-        spec = jax.sharding.PartitionSpec(*sharding.spec[: own.ndim])
-        own = jax.sharding.reshard(own, jax.sharding.NamedSharding(sharding.mesh, spec))
-    return _select(jnp.expand_dims(own, tuple(range(own.ndim, of_level.ndim))), of_level, pooled)
+def _takes_onto(pool: Callable) -> bool:
+    if not isinstance(pool, functools.partial) or pool.func not in TAKE_ONTO:
+        return False
+    # With a features_spec the call is made in another mode, which `onto` would be moved to.
+    return pool.keywords.get("features_spec") is None
 
 
 @jax.custom_jvp
-def _select(own: jax.Array, of_level: jax.Array, pooled: jax.Array) -> jax.Array:
-    # Not a sum: on CPUs that makes zeros of subnormal numbers.
-    return jnp.where(own, of_level, pooled)
+def _join(own: jax.Array, of_level: jax.Array, pooled: jax.Array) -> jax.Array:
+    """The level's own RoIs from it, all others as they were."""
+    return choose(own, of_level, pooled)
 
 
-@_select.defjvp
+@_join.defjvp
 def _(primals, tangents):
-    # One of them is 0. A sum hands its cotangent on, where a selection makes a copy for each level.
+    # One of them is 0. A sum hands its cotangent on, where a choice makes a copy for each level.
     _, of_level, pooled = tangents
     is_linear = jnp.issubdtype(primals[1].dtype, jnp.inexact)
-    return _select(*primals), of_level + pooled if is_linear else pooled
+    return _join(*primals), of_level + pooled if is_linear else pooled
 
 
 def _check_pool(pool: Callable) -> None:

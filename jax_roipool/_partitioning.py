@@ -192,6 +192,17 @@ def _sum(x: jax.Array, names: tuple[str, ...], onto: int | None) -> jax.Array:
     return lax.psum_scatter(x, names, scatter_dimension=onto, tiled=True).astype(dtype)
 
 
+def choose(own: jax.Array, these: jax.Array, others: jax.Array) -> jax.Array:
+    """`these` where `own`, which has their first axes, and else `others`; split as `these` are."""
+    # Not a sum, where one of both is 0: on CPUs that makes zeros of subnormal numbers.
+    sharding = jax.typeof(these).sharding
+    if any(sharding.spec):
+        spec = PartitionSpec(*sharding.spec[: own.ndim])
+        own = jax.sharding.reshard(own, NamedSharding(sharding.mesh, spec))
+        others = jax.sharding.reshard(others, sharding)
+    return jnp.where(jnp.expand_dims(own, tuple(range(own.ndim, these.ndim))), these, others)
+
+
 # The plan as a part of the program, in the two ways that JAX has.
 
 

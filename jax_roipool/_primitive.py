@@ -11,6 +11,9 @@ c channels, k RoIs, p and q rows and columns of bins, e edges. Every array has g
 - batching: a mapped axis joins k, if all that is mapped has k, and else g;
 - partitioning: see `_partitioning.py`;
 - lowering: a backend's function of the primitive's name, with the primitive's parameters.
+
+A primitive whose results have k takes one operand more than it declares, `onto`, an array like its
+first result: a RoI without an image keeps what it has there. It must be 0 for all others.
 """
 
 from __future__ import annotations
@@ -59,8 +62,16 @@ class Declaration:
 
     @property
     def operand_axes(self) -> tuple[str, ...]:
-        """The letters of each operand."""
+        """The letters of each operand that is declared."""
         return tuple(self.axes.split(" -> ")[0].split(", "))
+
+    def axes_of(self, operands: Sequence) -> tuple[str, ...]:
+        """The letters of these operands, of which `onto` may be one."""
+        return (*self.operand_axes, self.result_axes)[: len(operands)]
+
+    def has_onto(self, operands: Sequence) -> bool:
+        """Whether the last of the operands is `onto`."""
+        return len(operands) > len(self.operand_axes)
 
     @property
     def result_axes(self) -> str:
@@ -110,7 +121,7 @@ def _result_types(
 ):
     """Arrays of the first operand's kind; a sharding that is given overrules the operands'."""
     del implementation, device_marker
-    arrays = list(zip(declaration.operand_axes, operands, strict=True))
+    arrays = list(zip(declaration.axes_of(operands), operands, strict=True))
     letters, param = declaration.sizes
     sizes = dict(zip(letters, params.get(param, ()), strict=True))
     for axes, array in arrays:
@@ -141,7 +152,8 @@ def _batch(primitive: DeclaredPrimitive, operands, dims, *, result_sharding=None
     sharded and the mapped one is not.
     """
     declaration = primitive.declaration
-    mapped = list(zip(declaration.operand_axes, operands, dims, strict=True))
+    operand_axes = declaration.axes_of(operands)
+    mapped = list(zip(operand_axes, operands, dims, strict=True))
     only_rois = all(dim is None or "k" in axes for axes, _, dim in mapped)
     letter = "k" if only_rois and "k" in declaration.result_axes else "g"
     mapped = [_Mapped(x, axes.index(letter), dim) for axes, x, dim in mapped if letter in axes]
@@ -159,7 +171,7 @@ def _batch(primitive: DeclaredPrimitive, operands, dims, *, result_sharding=None
     joined = iter([x.joined(size, inner) for x in mapped])
     operands = [
         next(joined) if letter in axes else x
-        for axes, x in zip(declaration.operand_axes, operands, strict=True)
+        for axes, x in zip(operand_axes, operands, strict=True)
     ]
     results = primitive.bind(*operands, **params)
     at = declaration.result_axes.index(letter)
@@ -236,7 +248,21 @@ def _lower(
     del result_sharding  # which only types are made of
     declaration = primitive.declaration
     types, result_types = context.avals_in, context.avals_out
+    family = declaration.family
+    others = [p for p in context.module_context.platforms if p not in family.platforms]
+    select = functools.partial(
+        family.select,
+        implementation,
+        others if platform is None else [platform],
+        symbolic=_are_symbolic(types),
+    )
     partitioned = _partitioning.is_partitioned(context)
+    if declaration.has_onto(types) and (
+        partitioned or declaration.name not in select(partitioned=False).takes_onto
+    ):
+        params |= {"implementation": implementation, "device_marker": device_marker}
+        function = functools.partial(_choose_afterwards, primitive, result_types, params)
+        return mlir.lower_fun(function, multiple_results=True)(context, *operands)
     mesh = _partitioning.explicit_mesh((*types, *result_types))
     axes = Axes(
         declaration.operand_axes,
@@ -252,18 +278,10 @@ def _lower(
         function = _partitioning.shard_map_of(axes, types, result_types, mesh, device_function)
         return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
-    family = declaration.family
-    others = [p for p in context.module_context.platforms if p not in family.platforms]
-    platforms = others if platform is None else [platform]
     is_asked = partitioned and device_marker and _partitioning.takes_custom_partitioning(context)
     # Also where XLA will ask for each device's part: of a program that comes from a cache, it does
     # not, and finds a kernel only if one was loaded.
-    backend = family.select(
-        implementation,
-        platforms,
-        partitioned=partitioned and not is_asked,
-        symbolic=_are_symbolic(types),
-    )
+    backend = select(partitioned=partitioned and not is_asked)
     if is_asked:
         name = "_".join(map(str, (declaration.name, backend.name, *params.values())))
         function = _partitioning.custom_partitioning_of(axes, name, bind_parts, device_function)
@@ -272,6 +290,19 @@ def _lower(
     if mesh is not None:
         function = _partitioning.in_auto_mode(function, result_types, mesh)
     return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+
+
+def _choose_afterwards(primitive, result_types, params, *operands):
+    """What a primitive gives with `onto`, from what it gives without."""
+    *operands, onto = operands
+    declaration = primitive.declaration
+    sizes = dict(zip(declaration.operand_axes[0], operands[0].shape, strict=True))
+    first, *rest = primitive.bind(*operands, **params)
+    index = operands[declaration.packed_index][..., 0]
+    first = _partitioning.choose((index >= 0) & (index < sizes["n"]), first, onto)
+    if not result_types[0].sharding.mesh.empty:
+        first = jax.sharding.reshard(first, result_types[0].sharding)
+    return [first, *rest]
 
 
 def _are_symbolic(types):

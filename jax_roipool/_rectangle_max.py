@@ -74,47 +74,52 @@ def rectangle_max(
     empty_value: float,
     implementation: str | None,
     forward_mode: bool,
+    onto: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """Maximum of each rectangle, `[G, K, P, Q, C]`; with it, if asked for, its cell.
 
     The cell is `row * W + column`, int32, or -1 where there is none. In forward mode the primitive
-    stands for itself, with its own derivatives: a `jax.custom_vjp` has no tangents.
+    stands for itself, with its own derivatives: a `jax.custom_vjp` has no tangents. RoIs without an
+    image have 0, or what they have in `onto`, which is 0 for all others.
     """
     # Outside of the custom VJP, so that JAX sums the gradient over the mesh axes that are added.
-    features, edges = vary_together(features, edges)
+    operands = tuple(vary_together(features, edges, *([] if onto is None else [onto])))
     static = {
         "output_size": output_size,
         "empty_value": empty_value,
         "implementation": implementation,
     }
     if forward_mode:
-        return _maxima(features, edges, with_argmax, static)
-    return _pool(features, edges, with_argmax, jax.typeof(features), tuple(static.items()))
+        return _maxima(operands, with_argmax, static)
+    return _pool(operands, with_argmax, jax.typeof(operands[0]), tuple(static.items()))
 
 
-def _maxima(features, edges, with_argmax, static):
+def _maxima(operands, with_argmax, static):
     argmax_dtype = np.dtype(np.int32) if with_argmax else None
-    return tuple(rectangle_max_p(features, edges, argmax_dtype=argmax_dtype, **static))
+    return tuple(rectangle_max_p(*operands, argmax_dtype=argmax_dtype, **static))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _pool(features, edges, with_argmax, features_type, static):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _pool(operands, with_argmax, features_type, static):
     del features_type
-    return _maxima(features, edges, with_argmax, dict(static))
+    return _maxima(operands, with_argmax, dict(static))
 
 
-def _pool_fwd(features, edges, with_argmax, features_type, static):
+def _pool_fwd(operands, with_argmax, features_type, static):
     argmax_dtype = np.dtype(np.int32) if with_argmax else _residual_dtype(features_type)
-    pooled, argmax = rectangle_max_p(features, edges, argmax_dtype=argmax_dtype, **dict(static))
-    return (pooled, argmax) if with_argmax else (pooled,), (argmax, edges)
+    pooled, argmax = rectangle_max_p(*operands, argmax_dtype=argmax_dtype, **dict(static))
+    _, edges, *onto = operands
+    nothing = [None for _ in onto]  # says that there is one
+    return (pooled, argmax) if with_argmax else (pooled,), (argmax, edges, nothing)
 
 
 def _pool_bwd(with_argmax, features_type, static, residuals, cotangents):
     """The gradient of a bin goes whole to its argmax."""
     del with_argmax
-    argmax, edges = residuals
+    argmax, edges, onto = residuals
     implementation = dict(static)["implementation"]
-    return _scatter(cotangents[0], argmax, edges, features_type, implementation), None
+    gradient = _scatter(cotangents[0], argmax, edges, features_type, implementation)
+    return ((gradient, None, *(cotangents[0] for _ in onto)),)
 
 
 _pool.defvjp(_pool_fwd, _pool_bwd)
@@ -148,10 +153,9 @@ def _rectangle_max_jvp(
 ):
     """With `argmax` constant, the maxima are `gather_at_argmax` of the features, and linear."""
     del device_marker
-    features, edges = primals
+    features, edges, *_ = primals
     pooled, argmax = rectangle_max_p(
-        features,
-        edges,
+        *primals,
         argmax_dtype=argmax_dtype or _residual_dtype(jax.typeof(features)),
         output_size=output_size,
         empty_value=empty_value,
@@ -163,6 +167,8 @@ def _rectangle_max_jvp(
         (pooled_dot,) = gather_at_argmax_p(
             tangents[0], argmax, edges, implementation=implementation
         )
+    for onto_tangent in tangents[2:]:
+        pooled_dot = ad.add_tangents(pooled_dot, onto_tangent)
     if argmax_dtype is None:
         return [pooled], [pooled_dot]
     return [pooled, argmax], [pooled_dot, _zero_tangent(argmax)]

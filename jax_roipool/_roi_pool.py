@@ -14,6 +14,7 @@ from jax_roipool._explicit_axes import call_in_explicit_mode
 from jax_roipool._rectangle_max import rectangle_max
 from jax_roipool._rois import (
     canonical_features,
+    canonical_onto,
     canonical_rois,
     check_arguments,
     check_output_size,
@@ -202,6 +203,7 @@ def _pool_canonical(
     image_index: jax.Array | None,
     roi_mask: jax.Array | None,
     spatial_scale: jax.Array,
+    onto: jax.Array | None,
     *,
     output_size: tuple[int, int],
     convention: Convention,
@@ -225,5 +227,6 @@ def _pool_canonical(
         empty_value=convention.empty_value,
         implementation=implementation,
         forward_mode=forward_mode,
+        onto=canonical_onto(onto, rois),
     )
     return jax.tree.map(lambda x: x.reshape(*rois.shape[:-1], *x.shape[2:]), results)

@@ -47,6 +47,17 @@ class Arguments(NamedTuple):
     image_index: jax.Array | None
     roi_mask: jax.Array | None
     spatial_scale: jax.Array
+    onto: jax.Array | None  # see `MaskOnto`
+
+
+class MaskOnto(NamedTuple):
+    """A `roi_mask` that only `pool_levels` gives, and what those that are masked out pool to.
+
+    That is 0 for all others, as it is of other levels of a pyramid, and has the result's shape.
+    """
+
+    roi_mask: jax.Array
+    onto: jax.Array
 
 
 class CanonicalRoIs(NamedTuple):
@@ -62,7 +73,7 @@ def check_arguments(
     spatial_scale: ArrayLike,
     *,
     image_index: ArrayLike | None,
-    roi_mask: ArrayLike | None,
+    roi_mask: ArrayLike | MaskOnto | None,
     dtypes: Sequence[str] = FEATURE_DTYPES,
 ) -> Arguments:
     """Arrays of the arguments, or the error that says which of them cannot be right.
@@ -76,12 +87,16 @@ def check_arguments(
             f"got {describe(features)}; convert them, for example with .astype(jnp.float32)"
         )
     _check_layout(features, rois, has_image_index=image_index is not None)
+    onto = None
+    if isinstance(roi_mask, MaskOnto):
+        roi_mask, onto = roi_mask
     return Arguments(
         features,
         rois,
         None if image_index is None else check_image_index(image_index, rois),
         check_mask(roi_mask, rois),
         _check_spatial_scale(spatial_scale),
+        onto,
     )
 
 
@@ -212,6 +227,11 @@ def canonical_features(features: jax.Array, rois: jax.Array) -> jax.Array:
     if rois.ndim == 3:
         return features[:, None]
     return features[None, None] if features.ndim == 3 else features[None]
+
+
+def canonical_onto(onto: jax.Array | None, rois: jax.Array) -> jax.Array | None:
+    """`[G, K, P, Q, C]`."""
+    return onto if onto is None or rois.ndim == 3 else onto[None]
 
 
 def canonical_rois(

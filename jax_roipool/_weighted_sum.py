@@ -63,11 +63,17 @@ _PRIMITIVES = {
 """By the array that a primitive gives."""
 
 
-def weighted_sum(features: jax.Array, taps: Taps, implementation: str | None) -> jax.Array:
-    """The sum over each bin's taps, `[G, K, P, Q, C]`, of features `[G, n, H, W, C]`."""
-    (pooled,) = _PRIMITIVES[POOLED](
-        features, taps.cells, taps.rows, taps.columns, run=taps.run, implementation=implementation
-    )
+def weighted_sum(
+    features: jax.Array, taps: Taps, implementation: str | None, onto: jax.Array | None = None
+) -> jax.Array:
+    """The sum over each bin's taps, `[G, K, P, Q, C]`, of features `[G, n, H, W, C]`.
+
+    RoIs without an image have 0, or what they have in `onto`, which is 0 for all others.
+    """
+    operands = [features, taps.cells, taps.rows, taps.columns]
+    if onto is not None:
+        operands.append(onto)
+    (pooled,) = _PRIMITIVES[POOLED](*operands, run=taps.run, implementation=implementation)
     return pooled
 
 
@@ -76,10 +82,13 @@ def _jvp(primitive, primals, tangents, *, device_marker, **params):
     del device_marker
     (result,) = primitive(*primals, **params)
     total = ad.Zero(jax.typeof(result).to_tangent_aval())
-    for i, tangent in enumerate(tangents):
+    linear = primals[: len(primitive.declaration.operand_axes)]
+    for i, tangent in enumerate(tangents[: len(linear)]):
         if not isinstance(tangent, ad.Zero):
-            operands = (*primals[:i], tangent, *primals[i + 1 :])
+            operands = (*linear[:i], tangent, *linear[i + 1 :])
             total = ad.add_tangents(total, *primitive(*operands, **params))
+    for onto_tangent in tangents[len(linear) :]:
+        total = ad.add_tangents(total, onto_tangent)
     return [result], [total]
 
 

@@ -286,7 +286,7 @@ FAULTS = (
     rois(
         "indices of floats", "jnp.issubdtype(image_index.dtype, jnp.integer)", "True", "roi_align"
     ),
-    core("every program is for CPUs", "platforms = others if", "platforms = ['cpu'] if"),
+    core("every program is for CPUs", "others if platform is None", "['cpu'] if platform is None"),
     core(
         "never joins K", 'letter = "k" if only_rois', 'letter = "g" if only_rois', "primitive vmap"
     ),
@@ -401,18 +401,26 @@ FAULTS = (
     levels("any coordinate", "map(jnp.isfinite, corners)", "map(jnp.isfinite, corners[:3])"),
     levels("the first level for all", "levels[1:])", "levels[:-1])"),
     levels("a level without RoIs", "own = levels == i", "own = levels == min(i, 1)"),
-    levels("all RoIs on every level", "roi_mask=own)", "roi_mask=None)", "levels"),
+    levels(
+        "all RoIs on every level", "spatial_scale=scale, roi_mask=mask)", "spatial_scale=scale)"
+    ),
     levels("masks do nothing", "if roi_mask is not None:", "if False:"),
     levels(
         "a sum of levels",
-        "return jnp.where(own, of_level, pooled)",
+        "return choose(own, of_level, pooled)",
         "return of_level + pooled",
+    ),
+    levels("each level anew", "mask = MaskOnto(own, pooled) if", "mask = own if"),
+    levels(
+        "levels are written into whatever operator's result",
+        "if not isinstance(pool, functools.partial) or pool.func not in TAKE_ONTO:",
+        "if False:",
     ),
     levels(
         "gradients of the first level only", "of_level + pooled if is_linear else pooled", "pooled"
     ),
     levels("integers have tangents", "if is_linear else pooled", "if True else pooled"),
-    levels("masks stay where they are", "if any(sharding.spec):", "if False:"),
+    plan("choices stay where they are", "if any(sharding.spec):", "if False:", "levels"),
     levels(
         "a scale of the operator's own",
         'for name in ("spatial_scale", "roi_mask"):',
@@ -579,12 +587,7 @@ FAULTS = (
         "std::memset(argmax_of(col), 0xFF",
         "std::memset(argmax_of(col), 0",
     ),
-    native(
-        "rectangle_max.cc",
-        "bad images pool empty",
-        "if (has_image && empty_is_lowest)",
-        "if (empty_is_lowest)",
-    ),
+    native("memory.h", "levels forget the others", "if (onto == nullptr)", "if (true)", "levels"),
     native("rectangle_max.cc", "groups share images", "!= image % map.num_images", "!= image"),
     native(
         "rectangle_max.cc",

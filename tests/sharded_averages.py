@@ -3,6 +3,7 @@
 A program of its own, as host devices are counted when JAX starts.
 """
 
+import functools
 import json
 import os
 
@@ -43,6 +44,27 @@ OPERATORS = {
 }
 
 
+# On a pyramid, of which the second level has every other cell of the first.
+ON_LEVELS = {
+    "max": functools.partial(jax_roipool.roi_pool, output_size=BINS),
+    "align": functools.partial(jax_roipool.roi_align, output_size=BINS, sampling_ratio=2),
+}
+LEVEL = np.arange(N * K).reshape(N, K) % 3
+
+
+def on_levels(pool):
+    def pool_both(features, rois):
+        return jax_roipool.pool_levels(
+            pool,
+            (features, features[:, ::2, ::2]),
+            rois,
+            spatial_scales=(1, 1 / 2),
+            levels=LEVEL.reshape(rois.shape[:-1]),
+        )
+
+    return pool_both
+
+
 def both_gradients(pool):
     def gradients(features, rois, cotangent):
         return jax.vjp(pool, features, rois)[1](cotangent)
@@ -81,6 +103,18 @@ def everything(mesh):
             gradients = both_gradients(OPERATORS[operator])
             with_cotangent = *arguments, put(COTANGENT, pooled_spec)
             cases[f"{operator}, {name}, gradient"] = run(gradients, *with_cotangent)
+
+    for operator, pool in ON_LEVELS.items():
+        for name in ("rois", "batch and channels"):
+            features_spec, rois_spec, pooled_spec = LAYOUTS[name]
+            cases[f"levels, {operator}, {name}, gradient"] = run(
+                both_gradients(on_levels(pool)),
+                *(put(FEATURES, features_spec), put(ROIS, rois_spec), put(COTANGENT, pooled_spec)),
+            )
+        flat = np.concatenate([INDEX[:, None], FLAT], axis=1, dtype=np.float32)
+        cases[f"levels, {operator}, flat on a split batch"] = run(
+            on_levels(pool), put(FEATURES, P("x")), put(flat, P("x"))
+        )
 
     if AxisType.Auto in mesh.axis_types:
         features_spec, rois_spec, pooled_spec = LAYOUTS["batch and channels"]

@@ -1,4 +1,4 @@
-"""The averages over eight host devices, in both modes, `shard_map` and `pmap`: what is moved.
+"""Averages and levels on eight host devices, in both modes, `shard_map` and `pmap`: what is moved.
 
 How any primitive is split is in `test_sharding.py` and `test_partitioning.py`.
 """
@@ -22,6 +22,11 @@ SUMS = {
         "all-reduce f32[1,8,2,9]",
     ],
 }
+for _operator in ("max", "align"):
+    SUMS[f"levels, {_operator}, rois, gradient"] = [
+        "all-reduce f32[4,1,5,5,8]",
+        "all-reduce f32[4,1,9,10,8]",
+    ]
 SUMS["precise, batch and channels, named, gradient"] = SUMS["precise, batch and channels, gradient"]
 
 
@@ -47,8 +52,8 @@ def test_results_are_those_of_one_device(cases):
 
 
 def test_nothing_is_left_out(results):
-    assert len(results["explicit"]) == 15
-    assert len(results["auto"]) == 16  # one more, with axes that are named
+    assert len(results["explicit"]) == 21
+    assert len(results["auto"]) == 22  # one more, with axes that are named
 
 
 def test_pmap_gives_one_devices_results(results):

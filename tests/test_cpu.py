@@ -14,6 +14,8 @@ import pytest
 import jax_roipool
 import oracle
 from harness import assert_same, distinct_features, random_rois, resolved, whole_cotangent
+from jax_roipool._backends.rectangle_max import cpu as maxima
+from jax_roipool._backends.weighted_sum import cpu as sums
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -107,6 +109,39 @@ def test_a_vmap_is_one_call():
         assert text.count('custom_call_target="jax_roipool_cpu_argmax_v2"') == 1
         assert text.count('custom_call_target="jax_roipool_cpu_scatter_v2"') == 1
         assert " while(" not in text
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_rois_without_an_image_keep_what_is_there(dtype):
+    features = jnp.ones((1, 2, 4, 5, 3), dtype)
+    index = jnp.asarray([0, -1, 1, 2, -(2**31), 2**31 - 1], jnp.int32)
+    kept = (index < 0) | (index > 1)
+    values = [-0.0, 1e-40, -jnp.inf, jnp.nan, 0.5, 7]
+    onto = jnp.broadcast_to(jnp.asarray(values, dtype)[:, None, None, None], (1, 6, 1, 2, 3))
+    onto *= jnp.where(kept, 1, 0).astype(dtype)[:, None, None, None]
+    before = np.asarray(onto)
+
+    def pool(onto):
+        # One bin of rows and two of columns; and for sums one tap each.
+        edges = jnp.stack([index, *[0 * index + x for x in (0, 4, 0, 2, 2, 5)]], axis=-1)[None]
+        cells = jnp.stack([index, *[0 * index + x for x in (1, 1, 0, 0, 2)]], axis=-1)[None]
+        ones = jnp.ones((1, 6, 2, 1), jnp.float32)
+        static = {"output_size": (1, 2), "empty_value": 0}
+        argmax = np.dtype(np.int32)
+        return (
+            *maxima.rectangle_max(features, edges, onto, argmax_dtype=None, **static),
+            *maxima.rectangle_max(features, edges, onto, argmax_dtype=argmax, **static),
+            *sums.weighted_sum(features, cells, ones[:, :, :1], ones, onto, run=(1, 1)),
+        )
+
+    jax_roipool.register_custom_calls()
+    wanted = np.where(kept[:, None, None, None], before, 1).astype(dtype)
+    maximum, again, argmax, average = jax.jit(pool)(onto)
+    for pooled in (maximum, again, average):
+        assert_same(pooled, wanted)
+    wanted = np.where(kept[:, None, None], -1, np.array([[[0], [2]]])).reshape(1, 6, 1, 2, 1)
+    assert_same(argmax, np.broadcast_to(wanted, argmax.shape).astype(np.int32))
+    assert_same(onto, before)  # of the caller, who still has it
 
 
 def test_the_residual_of_a_small_map_is_narrow():

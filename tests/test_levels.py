@@ -13,11 +13,31 @@ from jax.sharding import PartitionSpec as P
 from test_average_oracle import load, named
 
 import average_oracle
-from harness import assert_same, distinct_features, whole_cotangent
-from jax_roipool import assign_levels, nnx, pool_levels, roi_pool, roi_pool_with_argmax
+from compiled import Program
+from harness import assert_same, distinct_features, some_by_default, whole_cotangent
+from jax_roipool import (
+    assign_levels,
+    nnx,
+    pool_levels,
+    pr_roi_pool,
+    ps_roi_align,
+    roi_align,
+    roi_average_pool,
+    roi_pool,
+    roi_pool_with_argmax,
+)
 
 SCALES = (1 / 4, 1 / 8, 1 / 16)
 pool_two = functools.partial(roi_pool, output_size=2)
+
+# Levels are written into one result by the kernels, chosen where there is none, and chosen for an
+# operator that is not known.
+WAYS = {
+    "written": lambda pool: pool,
+    "chosen below": lambda pool: functools.partial(pool, implementation="xla"),
+    "chosen above": lambda pool: lambda *args, **options: pool(*args, **options),
+}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def maps(lead=(2,), channels=3, dtype=np.float32):
@@ -36,6 +56,11 @@ def per_image_rois(N=2, K=6, seed=0):
 
 def of_size(rois):
     return assign_levels(rois, SCALES, canonical_size=32, canonical_level=4)
+
+
+def joined(pool, features, rois, levels):
+    scales = SCALES[: len(features)]
+    return pool_levels(pool, features, rois, spatial_scales=scales, levels=levels)
 
 
 def each_from_its_own(features, rois, levels, roi_mask=True, pool=pool_two):
@@ -141,14 +166,14 @@ def test_one_level():
 # Pooling ------------------------------------------------------------------------------------------
 
 
-def test_each_roi_is_pooled_from_its_own_level():
+@every_way
+def test_each_roi_is_pooled_from_its_own_level(way):
     features, rois = maps(), per_image_rois()
     levels = of_size(rois)
     roi_mask = np.arange(6) < [[5], [6]]
+    pool = way(pool_two)
     run = jax.jit(
-        lambda *x: pool_levels(
-            pool_two, x[0], x[1], spatial_scales=SCALES, levels=x[2], roi_mask=x[3]
-        )
+        lambda *x: pool_levels(pool, x[0], x[1], spatial_scales=SCALES, levels=x[2], roi_mask=x[3])
     )
     expected = each_from_its_own(features, rois, levels, roi_mask)
     assert_same(run(features, rois, levels, roi_mask), expected)
@@ -171,15 +196,16 @@ def test_flat_rois_single_images_and_levels_of_their_own():
     assert not expected[[2, 3, 5]].any()
 
 
-def test_nothing_is_lost_on_the_way():
+@every_way
+def test_nothing_is_lost_on_the_way(way):
     # A sum would lose the first on a CPU.
     values = [1e-40, -np.inf, np.nan, -3.0]
     features = [np.full((2, 2, 1), 7, np.float32), np.float32(values).reshape(1, 4, 1)]
     rois = np.float32([[i, 0, i + 1, 1] for i in range(4)])
-    pool = functools.partial(roi_pool, output_size=1)
+    pool = way(functools.partial(roi_pool, output_size=1))
     pooled = pool_levels(pool, features, rois, spatial_scales=(1, 1), levels=np.ones(4, int))
     assert_same(pooled.ravel(), np.float32(values))
-    chainer = functools.partial(roi_pool, output_size=2, convention="chainer")
+    chainer = way(functools.partial(roi_pool, output_size=2, convention="chainer"))
     pooled = pool_levels(chainer, features, rois + 9, spatial_scales=(1, 1), levels=[0, 1, 0, -1])
     assert_same(pooled[:3], np.full((3, 2, 2, 1), -np.inf, np.float32))
     assert not pooled[3].any()
@@ -201,7 +227,8 @@ def test_dtypes(dtype):
         assert tangent.dtype == jax.dtypes.float0
 
 
-def test_every_levels_gradient_is_that_of_its_own_rois():
+@every_way
+def test_every_levels_gradient_is_that_of_its_own_rois(way):
     features, rois = maps(), per_image_rois()
     levels = of_size(rois)
     cotangent = whole_cotangent((2, 6, 2, 2, 3))
@@ -209,7 +236,7 @@ def test_every_levels_gradient_is_that_of_its_own_rois():
     @jax.jit
     def gradient(features):
         def forward(features):
-            return pool_levels(pool_two, features, rois, spatial_scales=SCALES, levels=levels)
+            return joined(way(pool_two), features, rois, levels)
 
         return jax.vjp(forward, features)[1](cotangent)[0]
 
@@ -235,6 +262,96 @@ def test_forward_mode_and_vmap():
     assert_same(values, expected)
     assert_same(tangent, 3 * expected)
     assert_same(jax.jit(jax.vmap(run))(features, rois), expected)
+
+
+# What is written into the other levels' result, and what is chosen afterwards --------------------
+
+OPERATORS = {
+    "max": functools.partial(roi_pool, output_size=2),
+    "max, forward mode": functools.partial(roi_pool, output_size=2, forward_mode=True),
+    "align": functools.partial(roi_align, output_size=2, sampling_ratio=2),
+    "whole cells": functools.partial(roi_average_pool, output_size=2),
+    "precise": functools.partial(pr_roi_pool, output_size=2),
+    "own channels": functools.partial(ps_roi_align, output_size=2, sampling_ratio=1),
+}
+LEVELS = np.array([[0, 1, 1, 1, -1, 3], [1, 0, 0, 1, 1, 1]])
+
+
+def chosen(pool, features, rois, levels):
+    """The definition: every level pools every RoI, of which each is taken from one."""
+    pooled = 0.0
+    for i, (x, scale) in enumerate(zip(features, SCALES, strict=False)):
+        own = (levels == i)[..., None, None, None]
+        pooled = jnp.where(own, pool(x, rois, spatial_scale=scale), pooled)
+    return pooled
+
+
+def in_every_mode(join, forward_mode):
+    """Values, both modes of derivatives, a second one, and `vmap` of all arguments or of one."""
+
+    def function(features, rois, levels):
+        def pool(features, rois):
+            return join(features, rois, levels)
+
+        pooled, pullback = jax.vjp(pool, features, rois)
+        results = {"pooled": pooled, "gradients": pullback(whole_cotangent(pooled.shape))}
+        results["second"] = jax.grad(
+            lambda c: sum(jnp.vdot(x, x) for x in pullback(c)[0])  # linear, so twice as large
+        )(pooled)
+        if forward_mode:
+            tangents = [x[::-1] for x in features], jnp.cos(rois)
+            results["tangent"] = jax.jvp(pool, (features, rois), tangents)[1]
+        results["vmap"] = jax.vmap(join)(features, rois, levels)
+        one = [x[0] for x in features]
+        results["vmap of rois"] = jax.vmap(join, (None, 0, 0))(one, rois, levels)
+        results["vmap of levels"] = jax.vmap(join, (None, None, 0))(one, rois[0], levels)
+        results["vmap of maps"] = jax.vmap(join, (0, None, None))(features, rois[0], levels[0])
+        return results
+
+    return jax.jit(function)
+
+
+@pytest.mark.parametrize(
+    "case",
+    some_by_default([*OPERATORS, "max, xla", "align, xla"], ("max", "align")),
+)
+def test_every_operator_in_every_mode(case):
+    name = case.removesuffix(", xla")
+    implementation = None if case in OPERATORS else "xla"
+    pool = functools.partial(OPERATORS[name], implementation=implementation)
+    rois = per_image_rois()
+    rois[0, 1] = np.nan  # which its level leaves as it is
+    arguments = maps(channels=4)[:2], rois, LEVELS
+    actual, wanted = (
+        in_every_mode(functools.partial(join, pool), forward_mode=name != "max")(*arguments)
+        for join in (joined, chosen)
+    )
+    assert np.any(wanted["second"])
+    for mode in wanted:
+        pairs = zip(*map(jax.tree.leaves, (actual[mode], wanted[mode])), strict=True)
+        for one, other in pairs:
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=mode)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "own channels"])
+def test_levels_are_written_into_one_result(name):
+    rois = np.resize(per_image_rois(), (2, 400, 4))
+    pooled_bytes = 4 * 2 * 400 * 2 * 2 * 256
+
+    def forward(*features):
+        return joined(OPERATORS[name], features, rois, of_size(rois))
+
+    def backward(*features):
+        pooled, pullback = jax.vjp(forward, *features)
+        return pooled, pullback(pooled)
+
+    for function in (forward, backward):
+        program = Program("cpu", function, *maps(channels=256))
+        assert len(program.find(r'"jax_roipool_cpu_\w+_onto_v1"')) == 2
+        # An argmax for each level, of half the size, is kept for the gradient.
+        argmax_bytes = 3 * pooled_bytes // 2 if function is backward and "max" in name else 0
+        assert program.temporary_bytes < pooled_bytes / 2 + argmax_bytes
 
 
 @pytest.mark.parametrize("spec", (P("x"), P(None, None, None, "x")), ids=("batch", "channels"))

@@ -22,6 +22,7 @@ class Backend(NamedTuple):
     unavailable_reason: Callable[[], str | None] = lambda: None  # on its platforms
     is_partitionable: bool = False  # whether XLA can split it over devices by itself
     takes_symbolic_shapes: bool = False  # those of `jax.export`
+    takes_onto: frozenset[str] = frozenset()  # names of functions that have this operand, the last
 
 
 @dataclasses.dataclass

@@ -3,7 +3,9 @@
 
 extern "C" {
 XLA_FFI_Error* jax_roipool_cpu_max_v2(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_roipool_cpu_max_onto_v1(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_roipool_cpu_argmax_v2(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_roipool_cpu_argmax_onto_v1(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_roipool_cpu_gather_v2(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_roipool_cpu_scatter_v2(XLA_FFI_CallFrame*);
 }
@@ -62,7 +64,9 @@ void roi_like_bins(Random& random, int64_t size, int64_t bins, int32_t* start, i
 }
 
 bool is_scatter(const Target& target) { return target.handler == jax_roipool_cpu_scatter_v2; }
-bool has_argmax(const Target& target) { return target.handler != jax_roipool_cpu_max_v2; }
+bool has(const Target& target, const std::string& name) {
+  return std::count(target.names.begin(), target.names.end(), name) > 0;
+}
 
 class MaximumSignature : public Signature {
  public:
@@ -81,7 +85,7 @@ class MaximumSignature : public Signature {
     return {s_.G, s_.K, s_.P, s_.Q, s_.C};
   }
   Attributes attributes(const Target& target) const override {
-    if (std::string(target.names[target.args]) != "pooled") return {};
+    if (!has(target, "pooled") && !has(target, "joined")) return {};
     return {{"empty_is_lowest", empty_is_lowest_}};
   }
 
@@ -102,10 +106,11 @@ class MaximumCase : public Case {
         s_(random_sizes(random_, number)),
         empty_is_lowest_(random_.below(2)),
         signature_(s_, dtype_, argmax_dtype_, empty_is_lowest_) {
-    for (const char* name : {"features", "edges", "cotangent", "argmax"}) {
+    for (const char* name : {"features", "edges", "onto", "cotangent", "argmax"}) {
       inputs_.emplace(name, signature_.make(name));
     }
     fill(inputs_.at("features"), elements(random_, dtype_));
+    fill(inputs_.at("onto"), elements(random_, dtype_));
     fill(inputs_.at("cotangent"), elements(random_, dtype_));
     const bool hostile_argmax = random_.one_in(2);
     fill(inputs_.at("argmax"), [&] {
@@ -121,7 +126,7 @@ class MaximumCase : public Case {
   std::string wrong_operand(const Target& target) const override {
     if (is_scatter(target) && dtype_.kind != 'f') return "cotangent";
     const bool is_short = argmax_dtype_.bits == 16 && s_.cells() - 1 > SHRT_MAX;
-    return has_argmax(target) && is_short ? "argmax" : "";
+    return has(target, "argmax") && is_short ? "argmax" : "";
   }
 
   void fill_edges() {
@@ -148,10 +153,12 @@ class MaximumCase : public Case {
   void expect() {
     const int32_t* const edges = reinterpret_cast<const int32_t*>(inputs_.at("edges").data.get());
     const std::vector<Number> features = decode(dtype_, inputs_.at("features"));
+    const std::vector<Number> onto = decode(dtype_, inputs_.at("onto"));
     const std::vector<Number> cotangent = decode(dtype_, inputs_.at("cotangent"));
     const std::vector<Number> argmax = decode(argmax_dtype_, inputs_.at("argmax"));
     std::vector<Number>&pooled = expected_["pooled"], &firsts = expected_["argmax"];
     std::vector<Number>&tangent = expected_["tangent"], &gradient = expected_["gradient"];
+    std::vector<Number>& joined = expected_["joined"];
     gradient.resize(features.size());
     for (size_t i = 0; i < cotangent.size(); ++i) {
       const int64_t c = i % s_.C, q = i / s_.C % s_.Q, p = i / s_.C / s_.Q % s_.P;
@@ -179,6 +186,7 @@ class MaximumCase : public Case {
       }
       if (first < 0 && has_image && empty_is_lowest_) maximum = lowest(dtype_);
       pooled.push_back(maximum + 0);  // never -0
+      joined.push_back(has_image ? pooled.back() : onto[i]);
       firsts.push_back(first);
 
       const bool has_cell = has_image && 0 <= argmax[i] && argmax[i] < s_.cells();
@@ -214,8 +222,9 @@ void check_wrong_calls() {
       }
     }
     Array image_index_only(XLA_FFI_DataType_S32, 4, {sizes.G, sizes.K});
-    expect_error(target, right, "edges", target.args - 1, std::move(image_index_only));
-    if (has_argmax(target)) {
+    const size_t edges = target.names[1] == std::string("edges") ? 1 : 2;
+    expect_error(target, right, "edges", edges, std::move(image_index_only));
+    if (has(target, "argmax")) {
       expect_error(target, MaximumSignature({1, 1, 128, 257, 1, 1, 1, 1}, kF32, kS16), "argmax");
     }
     if (is_scatter(target)) {
@@ -234,10 +243,18 @@ void check_wrong_calls() {
 
 const Family kMaxima = {
     {{"jax_roipool_cpu_max_v2", jax_roipool_cpu_max_v2, 2, {"features", "edges", "pooled"}},
+     {"jax_roipool_cpu_max_onto_v1",
+      jax_roipool_cpu_max_onto_v1,
+      3,
+      {"features", "edges", "onto", "joined"}},
      {"jax_roipool_cpu_argmax_v2",
       jax_roipool_cpu_argmax_v2,
       2,
       {"features", "edges", "pooled", "argmax"}},
+     {"jax_roipool_cpu_argmax_onto_v1",
+      jax_roipool_cpu_argmax_onto_v1,
+      3,
+      {"features", "edges", "onto", "joined", "argmax"}},
      {"jax_roipool_cpu_gather_v2",
       jax_roipool_cpu_gather_v2,
       3,

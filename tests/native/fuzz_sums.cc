@@ -3,6 +3,7 @@
 
 extern "C" {
 XLA_FFI_Error* jax_roipool_cpu_weighted_sum_v1(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_roipool_cpu_weighted_sum_onto_v1(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_roipool_cpu_weighted_scatter_v1(XLA_FFI_CallFrame*);
 }
 
@@ -130,11 +131,12 @@ class SumCase : public Case {
         dtype_(number % 128 == 127 ? kF64 : random_.of(kFloats)),
         s_(random_sizes(random_, number)),
         signature_(s_, dtype_) {
-    for (const char* name : {"features", "cotangent", "cells", "rows", "columns"}) {
+    for (const char* name : {"features", "cotangent", "onto", "cells", "rows", "columns"}) {
       inputs_.emplace(name, signature_.make(name));
     }
     fill(inputs_.at("features"), values(random_, dtype_));
     fill(inputs_.at("cotangent"), values(random_, dtype_));
+    fill(inputs_.at("onto"), elements(random_, dtype_));
     fill(inputs_.at("rows"), weights(random_));
     fill(inputs_.at("columns"), weights(random_));
     fill_cells();
@@ -213,8 +215,15 @@ class SumCase : public Case {
       }
     }
     expected_["gradient"].assign(gradient.begin(), gradient.end());
-    std::vector<Number>& wanted = expected_["pooled"];
-    for (const Sum sum : pooled) wanted.push_back(rounded(dtype_, sum));
+    std::vector<Number>&wanted = expected_["pooled"], &joined = expected_["joined"];
+    const std::vector<Number> onto = decode(dtype_, inputs_.at("onto"));
+    const int32_t* const cells = reinterpret_cast<const int32_t*>(inputs_.at("cells").data.get());
+    const int64_t of_roi = s_.rows.bins * s_.columns.bins * s_.C;
+    for (size_t i = 0; i < pooled.size(); ++i) {
+      const int64_t image_index = cells[i / of_roi * s_.lanes()];
+      wanted.push_back(rounded(dtype_, pooled[i]));
+      joined.push_back(0 <= image_index && image_index < s_.n ? wanted[i] : onto[i]);
+    }
   }
 
   // That of a tap, or the one at the border if it is outside of the map.
@@ -312,6 +321,10 @@ const Family kSums = {
       jax_roipool_cpu_weighted_sum_v1,
       4,
       {"features", "cells", "rows", "columns", "pooled"}},
+     {"jax_roipool_cpu_weighted_sum_onto_v1",
+      jax_roipool_cpu_weighted_sum_onto_v1,
+      5,
+      {"features", "cells", "rows", "columns", "onto", "joined"}},
      {"jax_roipool_cpu_weighted_scatter_v1",
       jax_roipool_cpu_weighted_scatter_v1,
       4,

@@ -13,10 +13,13 @@ import jax
 
 CUSTOM_CALLS = (
     "jax_roipool_cpu_max_v2",
+    "jax_roipool_cpu_max_onto_v1",
     "jax_roipool_cpu_argmax_v2",
+    "jax_roipool_cpu_argmax_onto_v1",
     "jax_roipool_cpu_gather_v2",
     "jax_roipool_cpu_scatter_v2",
     "jax_roipool_cpu_weighted_sum_v1",
+    "jax_roipool_cpu_weighted_sum_onto_v1",
     "jax_roipool_cpu_weighted_scatter_v1",
 )
 """The names of the custom calls in programs for the CPU."""

@@ -17,6 +17,8 @@ list of arrays:
   is larger than any number, zeros are equal, and the first of several maxima, or of several NaNs,
   in row-major order is the argmax. A rectangle without cells gives `empty_value`, 0 or -inf (for
   integers the smallest), and argmax -1.
+  With one operand more, `onto`, `[G, K, P, Q, C]`, a RoI without an image has the maxima that it
+  has there. Only a backend that says so (`takes_onto`) is given it.
 - `gather_at_argmax(features, argmax, edges)`: the features there, 0 where argmax is -1.
 - `scatter_at_argmax(cotangent, argmax, edges, *, map_shape)`: `[G, n, H, W, C]`, `map_shape` being
   (n, H, W), the sum over all cotangents that go to a cell, in float32 at least. On a GPU the
@@ -45,7 +47,12 @@ def _functions(module) -> dict[str, Callable]:
 FAMILY = Family(
     backends=(
         Backend(
-            "cpu", _functions(cpu), frozenset({"cpu"}), native.load, takes_symbolic_shapes=True
+            "cpu",
+            _functions(cpu),
+            frozenset({"cpu"}),
+            native.load,
+            takes_symbolic_shapes=True,
+            takes_onto=frozenset({"rectangle_max"}),
         ),
         Backend("cuda", _functions(cuda), frozenset({"cuda"}), cuda.unavailable_reason),
         Backend("tpu", _functions(tpu), frozenset({"tpu"})),

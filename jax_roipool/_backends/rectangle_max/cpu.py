@@ -10,6 +10,7 @@ from jax_roipool._backends.sums import sum_dtype
 def rectangle_max(
     features: jax.Array,
     edges: jax.Array,
+    onto: jax.Array | None = None,
     *,
     output_size: tuple[int, int],
     argmax_dtype: jax.typing.DTypeLike | None,
@@ -20,6 +21,7 @@ def rectangle_max(
     Args:
       features: `[G, n, H, W, C]`.
       edges: `[G, K, 1 + 2P + 2Q]`, see `jax_roipool._backends.rectangle_max`.
+      onto: `[G, K, P, Q, C]`, overwritten by the maxima, but for those of RoIs without an image.
       output_size: (P, Q).
       argmax_dtype: int32, int16, or None for no argmaxes.
       empty_value: the maximum of a rectangle without cells, 0 or -inf.
@@ -29,8 +31,13 @@ def rectangle_max(
     with_argmax = argmax_dtype is not None
     if with_argmax:
         results.append(jax.ShapeDtypeStruct(shape, argmax_dtype))
-    name = "jax_roipool_cpu_argmax_v2" if with_argmax else "jax_roipool_cpu_max_v2"
-    return list(jax.ffi.ffi_call(name, results)(features, edges, empty_is_lowest=empty_value < 0))
+    name = f"jax_roipool_cpu_{'argmax' if with_argmax else 'max'}"
+    if onto is None:
+        call, operands = jax.ffi.ffi_call(f"{name}_v2", results), (features, edges)
+    else:
+        call = jax.ffi.ffi_call(f"{name}_onto_v1", results, input_output_aliases={2: 0})
+        operands = (features, edges, onto)
+    return list(call(*operands, empty_is_lowest=empty_value < 0))
 
 
 def gather_at_argmax(features: jax.Array, argmax: jax.Array, edges: jax.Array) -> list[jax.Array]:

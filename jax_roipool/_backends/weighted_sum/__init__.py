@@ -18,7 +18,9 @@ arrays, and gives what stands beside the fourth:
 
 A backend is four functions, each of which returns a list of one array:
 
-- `weighted_sum(features, cells, rows, columns, *, run)`: pooled.
+- `weighted_sum(features, cells, rows, columns, *, run)`: pooled. With one operand more, `onto`, of
+  its shape and dtype, a RoI without an image keeps what it has there. Only a backend that says so
+  (`takes_onto`) is given it.
 - `weighted_scatter(pooled, cells, rows, columns, *, run, map_shape)`: features, `map_shape` being
   (n, H, W).
 - `row_weights(features, pooled, cells, columns, *, run, taps)`: rows, `taps` being `(T,)`; what it
@@ -50,7 +52,12 @@ def _functions(module) -> dict[str, Callable]:
 FAMILY = Family(
     backends=(
         Backend(
-            "cpu", _functions(cpu), frozenset({"cpu"}), native.load, takes_symbolic_shapes=True
+            "cpu",
+            _functions(cpu),
+            frozenset({"cpu"}),
+            native.load,
+            takes_symbolic_shapes=True,
+            takes_onto=frozenset({"weighted_sum"}),
         ),
         Backend("gather", _functions(gather), takes_symbolic_shapes=True),
         Backend("matmul", _functions(matmul), is_partitionable=True),

@@ -11,12 +11,18 @@ from jax_roipool._backends.weighted_sum.gather import column_weights, row_weight
 __all__ = ["column_weights", "row_weights", "weighted_scatter", "weighted_sum"]
 
 
-def weighted_sum(features, cells, rows, columns, *, run):
+def weighted_sum(features, cells, rows, columns, onto=None, *, run):
     """See `jax_roipool._backends.weighted_sum`."""
     shape = (*rows.shape[:3], columns.shape[2], features.shape[4])
     result = jax.ShapeDtypeStruct(shape, features.dtype)
-    call = jax.ffi.ffi_call("jax_roipool_cpu_weighted_sum_v1", result)
-    return [call(features, cells, rows, columns, **_attributes(rows, columns, run))]
+    operands = (features, cells, rows, columns)
+    if onto is None:
+        call = jax.ffi.ffi_call("jax_roipool_cpu_weighted_sum_v1", result)
+    else:
+        name = "jax_roipool_cpu_weighted_sum_onto_v1"
+        call = jax.ffi.ffi_call(name, result, input_output_aliases={len(operands): 0})
+        operands = (*operands, onto)
+    return [call(*operands, **_attributes(rows, columns, run))]
 
 
 def weighted_scatter(pooled, cells, rows, columns, *, run, map_shape):

@@ -85,8 +85,8 @@ class Check {
       expected(name, "[groups, RoIs, rows of bins, columns of bins, channels]", pooled);
     }
   }
-  void is(const char* name, ffi::AnyBuffer buffer, ffi::DataType type,
-          std::initializer_list<int64_t> shape) {
+  template <class Sizes = std::initializer_list<int64_t>>
+  void is(const char* name, ffi::AnyBuffer buffer, ffi::DataType type, const Sizes& shape) {
     const auto got = buffer.dimensions();
     if (buffer.element_type() != type ||
         !std::equal(got.begin(), got.end(), shape.begin(), shape.end())) {

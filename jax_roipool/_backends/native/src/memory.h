@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -12,6 +13,16 @@ namespace jax_roipool {
 inline char* at(void* array, int64_t bytes) { return static_cast<char*>(array) + bytes; }
 inline const char* at(const void* array, int64_t bytes) {
   return static_cast<const char*>(array) + bytes;
+}
+
+// The result of a RoI without an image, which is a part of `pooled`: 0, or what it is in `onto`.
+// That may be null, or `pooled` itself.
+inline void zero_or_keep(const void* onto, void* pooled, int64_t first, int64_t bytes) {
+  if (onto == nullptr) {
+    std::memset(at(pooled, first), 0, bytes);
+  } else if (onto != pooled) {
+    std::memcpy(at(pooled, first), at(onto, first), bytes);
+  }
 }
 
 // Fresh memory comes in pages of 4 KiB, and their faults take several times as long as writing to

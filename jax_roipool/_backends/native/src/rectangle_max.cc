@@ -90,7 +90,7 @@ bool prefers_strips(const Costs& costs, Range rows, const BinCols& cols, bool ha
 
 void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                    const void* features, const Rectangles& rectangles, bool empty_is_lowest,
-                   void* pooled, void* argmax, const Threads& threads) {
+                   const void* onto, void* pooled, void* argmax, const Threads& threads) {
   if (shape.size() == 0) return;
   const bool with_argmax = argmax != nullptr;
   const int64_t pooled_bytes = shape.channels * loops.item_size;
@@ -105,7 +105,15 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
   std::vector<BinCols> cols_of(workers, BinCols(shape));
   parallel_for_bins(threads, shape, [&](int64_t roi, Range bin_rows, int64_t worker) {
     const int64_t image_index = rectangles.image_index(roi);
-    const bool has_image = image_index >= 0;
+    if (image_index < 0) {
+      const int64_t first_bin = (roi * shape.bin_rows + bin_rows.start) * shape.bin_cols;
+      const int64_t bins = bin_rows.size() * shape.bin_cols;
+      zero_or_keep(onto, pooled, first_bin * pooled_bytes, bins * pooled_bytes);
+      if (with_argmax) {
+        std::memset(at(argmax, first_bin * argmax_bytes), 0xFF, bins * argmax_bytes);  // -1
+      }
+      return;
+    }
     const int64_t image = roi / shape.num_rois * map.num_images + image_index;
     BinCols& cols = cols_of[worker];
     cols.set(rectangles, roi);
@@ -119,7 +127,7 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
         return with_argmax ? at(argmax, (first_bin + col) * argmax_bytes) : nullptr;
       };
       const Range rows = rectangles.rows(roi, bin_row);
-      const bool has_rows = has_image && rows.size() > 0;
+      const bool has_rows = rows.size() > 0;
       const bool by_strips =
           has_rows && prefers_strips(costs, rows, cols, pyramid.has_tiles(image));
       if (by_strips) {
@@ -135,7 +143,7 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
           }
           continue;
         }
-        if (has_image && empty_is_lowest) {
+        if (empty_is_lowest) {
           loops.fill_lowest(shape.channels, pooled_of(col));
         } else {
           std::memset(pooled_of(col), 0, pooled_bytes);

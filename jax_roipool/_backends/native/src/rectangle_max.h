@@ -11,10 +11,11 @@
 
 namespace jax_roipool {
 
-// `argmax` may be null.
+// `argmax` may be null, and so may `onto`. With that, a RoI without an image keeps what it has
+// there.
 void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                    const void* features, const Rectangles& rectangles, bool empty_is_lowest,
-                   void* pooled, void* argmax, const Threads& threads);
+                   const void* onto, void* pooled, void* argmax, const Threads& threads);
 
 void gather_at_argmax(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                       const void* features, const void* argmax, const Rectangles& rectangles,

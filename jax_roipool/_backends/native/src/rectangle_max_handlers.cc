@@ -41,33 +41,49 @@ void check_shapes(Check& check, const char* map_name, ffi::AnyBuffer map, const 
 }
 
 ffi::Error pool_rectangles(const char* target, ffi::ThreadPool& pool, ffi::AnyBuffer features,
-                           ffi::AnyBuffer edges, bool empty_is_lowest, ffi::AnyBuffer pooled,
+                           ffi::AnyBuffer edges, std::optional<ffi::AnyBuffer> onto,
+                           bool empty_is_lowest, ffi::AnyBuffer pooled,
                            std::optional<ffi::AnyBuffer> argmax) {
   return run(target, [&]() -> ffi::Error {
     Check check(target);
     const ffi::DataType type = features.element_type();
-    check_shapes(check, "features", features, "pooled", pooled, type, argmax, edges);
+    check_shapes(check, "features", features, onto ? "joined" : "pooled", pooled, type, argmax,
+                 edges);
+    if (onto) check.is("onto", *onto, type, pooled.dimensions());
     if (!check.ok()) return check.error();
     const MapShape map = map_shape(features);
     const PooledShape shape = pooled_shape(pooled);
     rectangle_max(loops_of(type, argmax ? argmax->element_type() : ffi::S32), map, shape,
                   features.untyped_data(), rectangles_of(edges, map, shape), empty_is_lowest,
-                  pooled.untyped_data(), argmax ? argmax->untyped_data() : nullptr,
-                  threads_of(pool));
+                  onto ? onto->untyped_data() : nullptr, pooled.untyped_data(),
+                  argmax ? argmax->untyped_data() : nullptr, threads_of(pool));
     return ffi::Error::Success();
   });
 }
 
 ffi::Error max_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer edges,
                        bool empty_is_lowest, Result pooled) {
-  return pool_rectangles("jax_roipool_cpu_max_v2", pool, features, edges, empty_is_lowest, *pooled,
-                         std::nullopt);
+  return pool_rectangles("jax_roipool_cpu_max_v2", pool, features, edges, std::nullopt,
+                         empty_is_lowest, *pooled, std::nullopt);
+}
+
+ffi::Error max_onto_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer edges,
+                            ffi::AnyBuffer onto, bool empty_is_lowest, Result pooled) {
+  return pool_rectangles("jax_roipool_cpu_max_onto_v1", pool, features, edges, onto,
+                         empty_is_lowest, *pooled, std::nullopt);
 }
 
 ffi::Error argmax_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer edges,
                           bool empty_is_lowest, Result pooled, Result argmax) {
-  return pool_rectangles("jax_roipool_cpu_argmax_v2", pool, features, edges, empty_is_lowest,
-                         *pooled, *argmax);
+  return pool_rectangles("jax_roipool_cpu_argmax_v2", pool, features, edges, std::nullopt,
+                         empty_is_lowest, *pooled, *argmax);
+}
+
+ffi::Error argmax_onto_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer edges,
+                               ffi::AnyBuffer onto, bool empty_is_lowest, Result pooled,
+                               Result argmax) {
+  return pool_rectangles("jax_roipool_cpu_argmax_onto_v1", pool, features, edges, onto,
+                         empty_is_lowest, *pooled, *argmax);
 }
 
 ffi::Error gather_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer argmax,
@@ -108,11 +124,13 @@ ffi::Error scatter_handler(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
 
 // Features, edges.
 auto bind_rectangles() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Attr<bool>("empty_is_lowest");
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>();
+}
+
+// Whether empty bins are the lowest value, and what is pooled.
+template <class Operands>
+auto bind_pooled(Operands operands) {
+  return std::move(operands).template Attr<bool>("empty_is_lowest").template Ret<ffi::AnyBuffer>();
 }
 
 // Features or cotangent, argmax, edges.
@@ -129,10 +147,17 @@ auto bind_argmax() {
 }  // namespace jax_roipool
 
 JAX_ROIPOOL_HANDLER(jax_roipool_cpu_max_v2, jax_roipool::max_handler,
-                    jax_roipool::bind_rectangles().Ret<xla::ffi::AnyBuffer>());
+                    jax_roipool::bind_pooled(jax_roipool::bind_rectangles()));
+JAX_ROIPOOL_HANDLER(
+    jax_roipool_cpu_max_onto_v1, jax_roipool::max_onto_handler,
+    jax_roipool::bind_pooled(jax_roipool::bind_rectangles().Arg<xla::ffi::AnyBuffer>()));
 JAX_ROIPOOL_HANDLER(
     jax_roipool_cpu_argmax_v2, jax_roipool::argmax_handler,
-    jax_roipool::bind_rectangles().Ret<xla::ffi::AnyBuffer>().Ret<xla::ffi::AnyBuffer>());
+    jax_roipool::bind_pooled(jax_roipool::bind_rectangles()).Ret<xla::ffi::AnyBuffer>());
+JAX_ROIPOOL_HANDLER(
+    jax_roipool_cpu_argmax_onto_v1, jax_roipool::argmax_onto_handler,
+    jax_roipool::bind_pooled(jax_roipool::bind_rectangles().Arg<xla::ffi::AnyBuffer>())
+        .Ret<xla::ffi::AnyBuffer>());
 JAX_ROIPOOL_HANDLER(jax_roipool_cpu_gather_v2, jax_roipool::gather_handler,
                     jax_roipool::bind_argmax());
 JAX_ROIPOOL_HANDLER(jax_roipool_cpu_scatter_v2, jax_roipool::scatter_handler,

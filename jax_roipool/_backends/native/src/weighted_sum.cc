@@ -65,7 +65,8 @@ Taps BinTaps::taps(const AxisTaps& axis, int64_t roi, int64_t bin, Range wanted,
 }
 
 void weighted_sum(const SumLoops& loops, const MapShape& map, const PooledShape& shape,
-                  const void* features, const BinTaps& bins, void* pooled, const Threads& threads) {
+                  const void* features, const BinTaps& bins, const void* onto, void* pooled,
+                  const Threads& threads) {
   if (shape.size() == 0) return;
   const int64_t bin_bytes = shape.channels * loops.item_size;
   prefer_huge_pages(pooled, shape.size() * loops.item_size);
@@ -73,14 +74,15 @@ void weighted_sum(const SumLoops& loops, const MapShape& map, const PooledShape&
   Scratch scratch(bins, shape, workers_on_bins(threads, shape));
   parallel_for_bins(threads, shape, [&](int64_t roi, Range bin_rows, int64_t worker) {
     const int64_t image_index = bins.image_index(roi);
+    if (image_index < 0) {
+      const int64_t first_bin = (roi * shape.bin_rows + bin_rows.start) * shape.bin_cols;
+      const int64_t bytes = bin_rows.size() * shape.bin_cols * bin_bytes;
+      zero_or_keep(onto, pooled, first_bin * bin_bytes, bytes);
+      return;
+    }
     const auto pooled_of = [&](int64_t bin_row, int64_t bin_col) {
       return at(pooled, ((roi * shape.bin_rows + bin_row) * shape.bin_cols + bin_col) * bin_bytes);
     };
-    if (image_index < 0) {
-      const int64_t bytes = bin_rows.size() * shape.bin_cols * bin_bytes;
-      std::memset(pooled_of(bin_rows.start, 0), 0, bytes);
-      return;
-    }
     const int64_t image = roi / shape.num_rois * map.num_images + image_index;
     const void* const cells = at(features, image * map.image_size() * loops.item_size);
     const Taps* const columns = scratch.columns(worker, roi);

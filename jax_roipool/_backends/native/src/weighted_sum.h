@@ -3,7 +3,7 @@
 //
 // Features and gradient are [num_groups, num_images, height, width, channels], pooled and cotangent
 // [num_groups, num_rois, bin_rows, bin_cols, channels]. The result of a RoI without an image is 0,
-// and its cotangent goes nowhere.
+// or what it is in `onto`, if that is given; its cotangent goes nowhere.
 #pragma once
 
 #include "loops.h"
@@ -54,7 +54,8 @@ class BinTaps {
 };
 
 void weighted_sum(const SumLoops& loops, const MapShape& map, const PooledShape& shape,
-                  const void* features, const BinTaps& bins, void* pooled, const Threads& threads);
+                  const void* features, const BinTaps& bins, const void* onto, void* pooled,
+                  const Threads& threads);
 
 // `gradient` is of the type that sums are in. Every sum is in the order of RoIs, bins and taps,
 // whatever the number of threads.

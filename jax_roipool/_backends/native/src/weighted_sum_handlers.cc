@@ -62,22 +62,35 @@ BinTaps bins_of(const Operands& operands, const MapShape& map, const PooledShape
           axis(operands.columns, operands.column_runs, first_column, 2, map.width, map.channels)};
 }
 
+ffi::Error sum(const char* target, ffi::ThreadPool& pool, ffi::AnyBuffer features,
+               const Operands& operands, std::optional<ffi::AnyBuffer> onto,
+               ffi::AnyBuffer pooled) {
+  return run(target, [&]() -> ffi::Error {
+    Check check(target);
+    const ffi::DataType type = features.element_type();
+    check_shapes(check, "features", features, onto ? "joined" : "pooled", pooled, type, operands);
+    if (onto) check.is("onto", *onto, type, pooled.dimensions());
+    if (!check.ok()) return check.error();
+    const MapShape map = map_shape(features);
+    const PooledShape shape = pooled_shape(pooled);
+    weighted_sum(loops_of(type), map, shape, features.untyped_data(), bins_of(operands, map, shape),
+                 onto ? onto->untyped_data() : nullptr, pooled.untyped_data(), threads_of(pool));
+    return ffi::Error::Success();
+  });
+}
+
 ffi::Error sum_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer cells,
                        ffi::AnyBuffer rows, ffi::AnyBuffer columns, int64_t row_runs,
                        int64_t column_runs, Result pooled) {
-  constexpr char kTarget[] = "jax_roipool_cpu_weighted_sum_v1";
-  const Operands operands = {cells, rows, columns, row_runs, column_runs};
-  return run(kTarget, [&]() -> ffi::Error {
-    Check check(kTarget);
-    const ffi::DataType type = features.element_type();
-    check_shapes(check, "features", features, "pooled", *pooled, type, operands);
-    if (!check.ok()) return check.error();
-    const MapShape map = map_shape(features);
-    const PooledShape shape = pooled_shape(*pooled);
-    weighted_sum(loops_of(type), map, shape, features.untyped_data(), bins_of(operands, map, shape),
-                 pooled->untyped_data(), threads_of(pool));
-    return ffi::Error::Success();
-  });
+  return sum("jax_roipool_cpu_weighted_sum_v1", pool, features,
+             {cells, rows, columns, row_runs, column_runs}, std::nullopt, *pooled);
+}
+
+ffi::Error sum_onto_handler(ffi::ThreadPool pool, ffi::AnyBuffer features, ffi::AnyBuffer cells,
+                            ffi::AnyBuffer rows, ffi::AnyBuffer columns, ffi::AnyBuffer onto,
+                            int64_t row_runs, int64_t column_runs, Result pooled) {
+  return sum("jax_roipool_cpu_weighted_sum_onto_v1", pool, features,
+             {cells, rows, columns, row_runs, column_runs}, onto, *pooled);
 }
 
 ffi::Error scatter_handler(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::AnyBuffer cells,
@@ -101,21 +114,31 @@ ffi::Error scatter_handler(ffi::ThreadPool pool, ffi::AnyBuffer cotangent, ffi::
 }
 
 // Features or cotangent, cells, rows, columns.
-auto bind() {
+auto bind_operands() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Attr<int64_t>("row_runs")
-      .Attr<int64_t>("column_runs")
-      .Ret<ffi::AnyBuffer>();
+      .Arg<ffi::AnyBuffer>();
+}
+
+// How many runs the taps of a bin have, and the result.
+template <class Operands>
+auto bind_rest(Operands operands) {
+  return std::move(operands)
+      .template Attr<int64_t>("row_runs")
+      .template Attr<int64_t>("column_runs")
+      .template Ret<ffi::AnyBuffer>();
 }
 
 }  // namespace
 }  // namespace jax_roipool
 
-JAX_ROIPOOL_HANDLER(jax_roipool_cpu_weighted_sum_v1, jax_roipool::sum_handler, jax_roipool::bind());
+JAX_ROIPOOL_HANDLER(jax_roipool_cpu_weighted_sum_v1, jax_roipool::sum_handler,
+                    jax_roipool::bind_rest(jax_roipool::bind_operands()));
+JAX_ROIPOOL_HANDLER(
+    jax_roipool_cpu_weighted_sum_onto_v1, jax_roipool::sum_onto_handler,
+    jax_roipool::bind_rest(jax_roipool::bind_operands().Arg<xla::ffi::AnyBuffer>()));
 JAX_ROIPOOL_HANDLER(jax_roipool_cpu_weighted_scatter_v1, jax_roipool::scatter_handler,
-                    jax_roipool::bind());
+                    jax_roipool::bind_rest(jax_roipool::bind_operands()));
