@@ -41,11 +41,22 @@ def pytest_configure(config):
 
 
 # Begun with, so that no worker is left with one of them when the others have nothing to do.
-LONGEST = ("test_tpu_compiled.py", "test_examples.py", "test_tpu.py", "test_sharding.py")
+LONGEST = (
+    "test_tpu_compiled_averages.py",
+    "test_tpu_compiled.py",
+    "test_examples.py",
+    "test_sharding.py",
+    "test_contract.py",
+    "test_tpu_compiled_sharded.py",
+    "test_averages_sharded.py",
+    "test_tpu.py",
+    "test_parity.py",
+)
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if not config.getoption("--full"):
         slow = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=slow)

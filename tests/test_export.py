@@ -1,5 +1,6 @@
 """`jax.export`: portable artifacts with every safety check on, native ones by name."""
 
+import functools
 import subprocess
 import sys
 
@@ -176,23 +177,23 @@ def test_symbolic_shapes(case, implementation):
         assert_same(gradient, wanted.astype(np.float32))
 
 
-def averages(features, rois, roi_mask):
-    """What the averages of either kind of taps pool, and the gradients of features and RoIs."""
-    options = {"output_size": OUTPUT_SIZE, "roi_mask": roi_mask}
-
-    def pool(features, rois):
-        return (
-            jax_roipool.roi_align(features, rois, sampling_ratio=2, **options),
-            jax_roipool.roi_align(features, rois, **options),
-            jax_roipool.roi_average_pool(features, rois, **options),
-            jax_roipool.pr_roi_pool(features, rois, **options),
-        )
-
-    pooled, pullback = jax.vjp(pool, features, rois)
-    return pooled, pullback(jax.tree.map(jnp.ones_like, pooled))
+AVERAGES = {
+    "align": functools.partial(jax_roipool.roi_align, sampling_ratio=2),
+    "adaptive": jax_roipool.roi_align,
+    "whole cells": jax_roipool.roi_average_pool,
+    "precise": jax_roipool.pr_roi_pool,
+}
 
 
-def test_symbolic_shapes_of_averages():
+@pytest.mark.parametrize("name", some_by_default(AVERAGES, ("adaptive",)))
+def test_symbolic_shapes_of_averages(name):
+    def averages(features, rois, roi_mask):
+        def pool(features, rois):
+            return AVERAGES[name](features, rois, OUTPUT_SIZE, roi_mask=roi_mask)
+
+        pooled, pullback = jax.vjp(pool, features, rois)
+        return pooled, pullback(jnp.ones_like(pooled))
+
     shapes = "n, h, w, c", "n, k, 4", "n, k"
     program = exported_with_symbols(shapes, averages, platforms=("cpu",))
     for n, k, h, w, c in ((2, 3, 7, 9, 2), (1, 5, 4, 30, 3)):

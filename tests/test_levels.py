@@ -218,13 +218,17 @@ def test_dtypes(dtype):
     pooled = pool_levels(pool_two, features, rois, spatial_scales=SCALES)
     assert pooled.dtype == dtype
     assert_same(pooled, roi_pool(features[0], rois, 2, SCALES[0]))
-    if np.issubdtype(dtype, np.integer):
-        _, tangent = jax.jvp(
-            lambda rois: pool_levels(pool_two, features, rois, spatial_scales=SCALES),
-            (rois,),
-            (rois,),
-        )
-        assert tangent.dtype == jax.dtypes.float0
+
+
+@every_way
+def test_integers_have_no_tangents(way):
+    features, rois = [x.astype(np.int8) for x in maps()], per_image_rois()
+    _, tangent = jax.jvp(
+        lambda rois: pool_levels(way(pool_two), features, rois, spatial_scales=SCALES),
+        (rois,),
+        (rois,),
+    )
+    assert tangent.dtype == jax.dtypes.float0
 
 
 @every_way
@@ -313,7 +317,7 @@ def in_every_mode(join, forward_mode):
 
 @pytest.mark.parametrize(
     "case",
-    some_by_default([*OPERATORS, "max, xla", "align, xla"], ("max", "align")),
+    some_by_default([*OPERATORS, "max, xla"], ("max",)),
 )
 def test_every_operator_in_every_mode(case):
     name = case.removesuffix(", xla")

@@ -1,62 +1,31 @@
-"""What the compiler for TPUs makes of the operator: kernels, bytes, loops and collectives.
+"""What the compiler for TPUs makes of the maximum on one device: kernels, bytes and loops.
 
 The programs are compiled for v4, v5e, v5p and v6e, and not run: there is no TPU here.
 """
 
-import contextlib
-import math
-
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jax_roipool
-from compiled import COLLECTIVES, MOVES, WORKLOADS
+from compiled import MOVES, WORKLOADS
 from jax_roipool._backends.rectangle_max import dense
 from jax_roipool._backends.rectangle_max.tpu import schedule
-from tpu_compiler import GENERATIONS, Compiled, mesh, on_one_device
+from tpu_compiler import (
+    GENERATIONS,
+    Compiled,
+    all_arguments,
+    forward_arguments,
+    nbytes,
+    on_one_device,
+    pool,
+    pullback,
+)
 
 pytestmark = pytest.mark.full
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 ids = {"ids": lambda value: value if isinstance(value, str) else jnp.dtype(value).name}
-
-
-def pool(output_size=7, implementation=None):
-    def pool(features, rois):
-        return jax_roipool.roi_pool(features, rois, output_size, implementation=implementation)
-
-    return pool
-
-
-def pullback(output_size=7, implementation=None):
-    """The gradient of the features, for a given cotangent."""
-
-    def gradient(features, rois, cotangent):
-        pooled, vjp = jax.vjp(lambda x: pool(output_size, implementation)(x, rois), features)
-        del pooled
-        return vjp(cotangent)[0]
-
-    return gradient
-
-
-def forward_arguments(features, rois, dtype=jnp.float32, generation="v5e"):
-    """Flat RoIs, as many as `rois` says, or `(N, K)` of them."""
-    shape = (rois, 5) if isinstance(rois, int) else (*rois, 4)
-    return (
-        on_one_device(features, dtype, generation),
-        on_one_device(shape, jnp.float32, generation),
-    )
-
-
-def all_arguments(features, rois, output_size=(7, 7), dtype=jnp.float32, generation="v5e"):
-    lead = (rois,) if isinstance(rois, int) else rois
-    return (
-        *forward_arguments(features, rois, dtype, generation),
-        on_one_device((*lead, *output_size, features[-1]), dtype, generation),
-    )
 
 
 def is_compiled_to_kernels(features, rois, output_size=(7, 7), **options):
@@ -167,10 +136,6 @@ def test_pulling_back_many_cotangents_is_one_kernel():
 # - fetches the cotangent into a nearer memory ahead of time, which it counts up to four times.
 
 
-def nbytes(shape, dtype):
-    return math.prod(shape) * jnp.dtype(dtype).itemsize
-
-
 def sizes(workload, dtype):
     """Bytes of the features, the pooled features, their argmax, and the RoIs with all edges."""
     (N, H, W, C), R = WORKLOADS[workload]
@@ -218,108 +183,6 @@ def test_bins_are_neither_copied_nor_turned_over(workload):
     assert compiled.largest("copy", "copy-start", "transpose", "pad", "fusion") < pooled
 
 
-# Many devices. Where XLA splits the program by itself, and types do not say how, compared cells
-# stand in for the kernels.
-
-MAPS, ROIS = (8, 38, 50, 512), (8, 64, 4)
-ON_X = {
-    "batch": (P("x"), P("x"), P("x")),
-    "channels": (P(None, None, None, "x"), P(), P(None, None, None, None, "x")),
-    "RoIs": (P(), P(None, "x"), P(None, "x")),
-}
-BOTH = (P("x", None, None, "y"), P("x"), P("x", None, None, None, "y"))
-
-
-def sharded(mesh, specs):
-    """Features, RoIs and cotangent, and how they are split."""
-    shapes = (MAPS, ROIS, (8, 64, 7, 7, 512))
-    return [
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-        for shape, spec in zip(shapes, specs, strict=True)
-    ]
-
-
-def assert_local(compiled, all_reduces=0):
-    assert compiled.count("all-reduce") <= all_reduces
-    assert compiled.count(*COLLECTIVES) == compiled.count("all-reduce")
-
-
-@pytest.mark.parametrize("split", (*ON_X, "batch and channels"))
-def test_automatic_partitioning_moves_no_features(split):
-    specs, devices = (BOTH, mesh(2, 2)) if split not in ON_X else (ON_X[split], mesh(4))
-    features, rois, cotangent = sharded(devices, specs)
-    compiled = Compiled(pool(), features, rois)
-    assert compiled.kernels == 0
-    assert compiled.count("scatter", "gather") == 0
-    assert_local(compiled)
-    compiled = Compiled(pullback(), features, rois, cotangent)
-    assert compiled.count("scatter", "gather") == 0
-    # Where the features are whole on every device, so is their gradient, as a sum over devices.
-    assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
-
-
-@pytest.mark.parametrize("split", ("RoIs", "batch and channels"))
-def test_shard_map_runs_the_kernels(split):
-    specs, devices = (BOTH, mesh(2, 2)) if split not in ON_X else (ON_X[split], mesh(4))
-    features, rois, cotangent = sharded(devices, specs)
-    mapped = jax.shard_map(pool(), mesh=devices, in_specs=specs[:2], out_specs=specs[2])
-    compiled = Compiled(mapped, features, rois)
-    assert (compiled.kernels, compiled.count(*MOVES)) == (1, 0)
-    assert_local(compiled)
-
-    def gradient(features, rois, cotangent):
-        return jax.vjp(lambda x: mapped(x, rois), features)[1](cotangent)
-
-    compiled = Compiled(gradient, features, rois, cotangent)
-    assert (compiled.kernels, compiled.count(*MOVES)) == (2, 0)
-    assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
-
-
-@pytest.mark.parametrize("split", (*ON_X, "batch and channels"))
-def test_explicit_shardings_run_the_kernels(split):
-    sizes = (4,) if split in ON_X else (2, 2)
-    features, rois, cotangent = sharded(mesh(*sizes, kind=AxisType.Explicit), ON_X.get(split, BOTH))
-    compiled = Compiled(pool(), features, rois)
-    assert (compiled.kernels, compiled.count(*MOVES)) == (1, 0)
-    assert_local(compiled)
-    compiled = Compiled(pullback(), features, rois, cotangent)
-    assert (compiled.kernels, compiled.count(*MOVES)) == (2, 0)
-    assert_local(compiled, all_reduces=1 if split == "RoIs" else 0)
-
-
-@pytest.mark.parametrize("split", ("batch", "channels", "batch and channels"))
-def test_a_spec_brings_the_kernels_into_automatic_partitioning(split):
-    specs, devices = (BOTH, mesh(2, 2)) if split not in ON_X else (ON_X[split], mesh(4))
-    features, rois, cotangent = sharded(devices, specs)
-
-    def pool(features, rois):
-        return jax_roipool.roi_pool(features, rois, 7, features_spec=specs[0])
-
-    def gradient(features, rois, cotangent):
-        return jax.vjp(lambda x: pool(x, rois), features)[1](cotangent)[0]
-
-    compiled = Compiled(pool, features, rois)
-    assert (compiled.kernels, compiled.count(*MOVES)) == (1, 0)
-    assert_local(compiled)
-    compiled = Compiled(gradient, features, rois, cotangent)
-    assert (compiled.kernels, compiled.count(*MOVES)) == (2, 0)
-    assert_local(compiled)
-
-
-def test_explicit_shardings_of_flat_rois_move_bins_and_no_maps():
-    images, sharding = 8, NamedSharding(mesh(4, kind=AxisType.Explicit), P("x"))
-    shapes = (images, 100, 168, 256), (512, 5), (512, 7, 7, 256)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in shapes]
-    bins = nbytes(shapes[2], jnp.float32)
-    assert nbytes(shapes[0], jnp.float32) > 4 * bins
-    for program, kernels in (
-        (Compiled(pool(), *arguments[:2]), 1),
-        (Compiled(pullback(), *arguments), 2),
-    ):
-        assert program.kernels == kernels
-        assert 0 < program.largest(*COLLECTIVES) <= bins
-
-
 @pytest.mark.parametrize("rois", (1000,))
 def test_compared_cells_loop_over_many_rois_at_a_time(rois):
     features, rois = (2, 100, 168, 256), (2, rois)
@@ -331,54 +194,3 @@ def test_compared_cells_loop_over_many_rois_at_a_time(rois):
     assert compiled.temporary_bytes < 2 * dense.CHUNK_BYTES + 3 * sum(
         nbytes(x.shape, x.dtype) for x in arguments
     )
-
-
-def average(name="roi_align", **options):
-    def pool(features, rois):
-        return getattr(jax_roipool, name)(features, rois, 7, **options)
-
-    return pool
-
-
-def gradients_of(pool):
-    """Those of features and RoIs, for a given cotangent."""
-    return lambda features, rois, cotangent: jax.vjp(pool, features, rois)[1](cotangent)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("sampling_ratio", (2, None))
-def test_averages_neither_gather_nor_scatter(sampling_ratio, generation):
-    for workload in ("vgg-train", "fpn-p2"):
-        features, rois = WORKLOADS[workload]
-        maps, pooled = (4 * math.prod(x) for x in (features, (rois, 7, 7, features[-1])))
-        pool = average(sampling_ratio=sampling_ratio)
-        forward = Compiled(pool, *forward_arguments(features, rois, generation=generation))
-        arguments = all_arguments(features, rois, generation=generation)
-        gradient = Compiled(lambda *x, pool=pool: gradients_of(pool)(*x)[0], *arguments)
-        # Copies of the maps, or their sums, one of what is pooled, and a chunk of RoIs. With libtpu
-        # 0.0.50 an adaptive gradient has two copies on a v5p as well.
-        forward_copies = 2 if generation == "v5p" else 1
-        gradient_copies = 2 if (generation, sampling_ratio) == ("v5p", None) else 1
-        for compiled, copies in ((forward, forward_copies), (gradient, gradient_copies)):
-            assert compiled.count("gather", "scatter", "dynamic-gather") == 0
-            assert compiled.temporary_bytes < copies * maps + pooled + (64 << 20)
-
-
-def test_nor_do_the_gradients_of_rois():
-    arguments = all_arguments(*WORKLOADS["fpn"])
-    compiled = Compiled(gradients_of(average("pr_roi_pool")), *arguments)
-    assert compiled.count("gather", "scatter") == 0
-
-
-@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
-def test_averages_on_several_devices_move_no_features(kind):
-    four = mesh(2, 2, kind=kind)
-    shapes = ((4, 50, 60, 256), P("x", None, None, "y")), ((4, 64, 4), P("x"))
-    arguments = [
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(four, spec))
-        for shape, spec in shapes
-    ]
-    with jax.set_mesh(four) if kind == AxisType.Explicit else contextlib.nullcontext():
-        compiled = Compiled(average(sampling_ratio=2), *arguments)
-    assert compiled.count(*COLLECTIVES) == compiled.count("all-reduce") <= 2
-    assert compiled.largest("all-reduce") <= 1  # whether all is finite
