@@ -36,6 +36,6 @@ def test_averages_neither_gather_nor_scatter(sampling_ratio, generation):
 
 
 def test_nor_do_the_gradients_of_rois():
-    arguments = all_arguments(*WORKLOADS["vgg-train"])
+    arguments = all_arguments(*WORKLOADS["fpn"])
     compiled = Compiled(gradients_of(average("pr_roi_pool")), *arguments)
     assert compiled.count("gather", "scatter") == 0

@@ -17,8 +17,8 @@ from tpu_compiler import Compiled, average, mesh, nbytes, pool, pullback
 
 pytestmark = pytest.mark.full
 
-# Where XLA splits the program by itself, and types do not say how, compared cells
-# stand in for the kernels.
+# Where XLA splits the program by itself, and types do not say how, compared cells stand in for the
+# kernels.
 
 MAPS, ROIS = (8, 38, 50, 512), (8, 64, 4)
 ON_X = {
