@@ -587,9 +587,7 @@ FAULTS = (
         "std::memset(argmax_of(col), 0xFF",
         "std::memset(argmax_of(col), 0",
     ),
-    native(
-        "memory.h", "bad images pool nothing", "std::memset(at(pooled, first), 0, bytes);", ";"
-    ),
+    native("memory.h", "bad images pool nothing", "std::memset(at(pooled, first), 0, bytes);", ";"),
     native("memory.h", "levels forget the others", "if (onto == nullptr)", "if (true)", "levels"),
     native("rectangle_max.cc", "groups share images", "!= image % map.num_images", "!= image"),
     native(
