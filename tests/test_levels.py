@@ -358,15 +358,16 @@ def test_levels_are_written_into_one_result(name):
         assert program.temporary_bytes < pooled_bytes / 2 + argmax_bytes
 
 
+@every_way
 @pytest.mark.parametrize("spec", (P("x"), P(None, None, None, "x")), ids=("batch", "channels"))
-def test_explicit_axes(spec):
+def test_explicit_axes(spec, way):
     # RoIs are split along K, and what is pooled is not: a mask has to follow that.
     devices = min(2, jax.device_count())
     mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Explicit,))
     features, rois = maps(channels=4), per_image_rois()
     with jax.set_mesh(mesh):
         split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in features]
-        pooled = jax.jit(lambda f, r: pool_levels(pool_two, f, r, spatial_scales=SCALES))(
+        pooled = jax.jit(lambda f, r: pool_levels(way(pool_two), f, r, spatial_scales=SCALES))(
             split, jax.device_put(rois, NamedSharding(mesh, P(None, "x")))
         )
     assert_same(pooled, np.asarray(roi_pool(features[0], rois, 2, SCALES[0])))
