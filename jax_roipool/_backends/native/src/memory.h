@@ -1,4 +1,5 @@
-// Addresses in arrays of any type, and hints to the system and the processor about them.
+// Addresses in arrays of any type, what is written where nothing is pooled, and hints to the system
+// and the processor about them.
 #pragma once
 
 #include <cstdint>

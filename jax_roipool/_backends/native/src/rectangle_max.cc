@@ -106,7 +106,7 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
   parallel_for_bins(threads, shape, [&](int64_t roi, Range bin_rows, int64_t worker) {
     const int64_t image_index = rectangles.image_index(roi);
     if (image_index < 0) {
-      const int64_t first_bin = (roi * shape.bin_rows + bin_rows.start) * shape.bin_cols;
+      const int64_t first_bin = shape.bin(roi, bin_rows.start, 0);
       const int64_t bins = bin_rows.size() * shape.bin_cols;
       zero_or_keep(onto, pooled, first_bin * pooled_bytes, bins * pooled_bytes);
       if (with_argmax) {
@@ -119,7 +119,7 @@ void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledS
     cols.set(rectangles, roi);
 
     for (int64_t bin_row = bin_rows.start; bin_row < bin_rows.end; ++bin_row) {
-      const int64_t first_bin = (roi * shape.bin_rows + bin_row) * shape.bin_cols;
+      const int64_t first_bin = shape.bin(roi, bin_row, 0);
       const auto pooled_of = [&](int64_t col) {
         return at(pooled, (first_bin + col) * pooled_bytes);
       };

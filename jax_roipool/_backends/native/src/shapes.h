@@ -23,6 +23,10 @@ struct PooledShape {
   int64_t rois() const { return num_groups * num_rois; }
   int64_t bins() const { return bin_rows * bin_cols; }
   int64_t size() const { return rois() * bins() * channels; }
+  // The place of a bin among those of all RoIs.
+  int64_t bin(int64_t roi, int64_t row, int64_t col) const {
+    return (roi * bin_rows + row) * bin_cols + col;
+  }
   // Of each RoI in the array of edges.
   int64_t lanes() const { return 1 + 2 * bin_rows + 2 * bin_cols; }
 };

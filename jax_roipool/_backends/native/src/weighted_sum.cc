@@ -75,13 +75,13 @@ void weighted_sum(const SumLoops& loops, const MapShape& map, const PooledShape&
   parallel_for_bins(threads, shape, [&](int64_t roi, Range bin_rows, int64_t worker) {
     const int64_t image_index = bins.image_index(roi);
     if (image_index < 0) {
-      const int64_t first_bin = (roi * shape.bin_rows + bin_rows.start) * shape.bin_cols;
+      const int64_t first_bin = shape.bin(roi, bin_rows.start, 0);
       const int64_t bytes = bin_rows.size() * shape.bin_cols * bin_bytes;
       zero_or_keep(onto, pooled, first_bin * bin_bytes, bytes);
       return;
     }
     const auto pooled_of = [&](int64_t bin_row, int64_t bin_col) {
-      return at(pooled, ((roi * shape.bin_rows + bin_row) * shape.bin_cols + bin_col) * bin_bytes);
+      return at(pooled, shape.bin(roi, bin_row, bin_col) * bin_bytes);
     };
     const int64_t image = roi / shape.num_rois * map.num_images + image_index;
     const void* const cells = at(features, image * map.image_size() * loops.item_size);
@@ -128,7 +128,7 @@ void weighted_scatter(const SumLoops& loops, const MapShape& map, const PooledSh
         if (rows.count == 0) continue;
         if (columns == nullptr) columns = scratch.columns(worker, roi);
         for (int64_t bin_col = 0; bin_col < shape.bin_cols; ++bin_col) {
-          const int64_t bin = (roi * shape.bin_rows + bin_row) * shape.bin_cols + bin_col;
+          const int64_t bin = shape.bin(roi, bin_row, bin_col);
           loops.scatter(at(cotangent, bin * shape.channels * loops.item_size), rows,
                         columns[bin_col], shape.channels, sums);
         }
