@@ -58,11 +58,6 @@ def diagnose() -> None:
         )
         otherwise = f", {split!r} where XLA splits it over devices by itself"
         print(f"  {platform_name}: {chosen!r}{otherwise if split != chosen else ''}")
-        for name in FAMILY.kernels.get(platform_name, ()):
-            if name in FAMILY.untried:
-                print(
-                    f"    {name!r} only by name, until `python -m jax_roipool check` was run on one"
-                )
         for backend in FAMILY.backends:
             problem = problem_with(backend, [platform_name])
             if problem:

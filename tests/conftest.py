@@ -3,7 +3,12 @@ import os
 # Before JAX starts: with libtpu installed it would look for a TPU, at length and aloud, and would
 # refuse to compile in several processes.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "cuda" not in os.environ["JAX_PLATFORMS"]:
+if "cuda" in os.environ["JAX_PLATFORMS"]:
+    # What plain XLA sums up there it sums in no fixed order, and dense layers in fewer bits.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+else:
     # Only its compiler is wanted: older plugins of JAX would miss CUDA's libraries.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -102,6 +107,13 @@ def native():
 def interpreter():
     """For tests of the TPU kernels alone."""
     skip_unless_it_can_be_used(interpreted_tpu.NAME)
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    """For tests of what is chosen or exported for a CPU, wherever they run."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -113,9 +113,11 @@ def _main():
 
 
 def _build(kernel):
-    macros = (("KERNEL", kernel.name), *kernel.macros)
+    source = nvrtc.KERNELS / kernel.source
+    meet = int("__syncthreads" in source.read_text())
+    macros = (("KERNEL", kernel.name), ("THREADS_MEET", meet), *kernel.macros)
     flags = [f"-D{name}={value}" for name, value in macros]
-    flags.append(f'-DSOURCE="{nvrtc.KERNELS / kernel.source}"')
+    flags.append(f'-DSOURCE="{source}"')
     program = _folder() / hashlib.sha256(repr(flags).encode()).hexdigest()
     subprocess.run(
         [COMPILER, *FLAGS, *flags, EMULATOR / "kernel.cc", _main(), "-o", program], check=True

@@ -4,6 +4,7 @@ How any primitive is split is in `test_sharding.py` and `test_partitioning.py`.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def results():
     process = subprocess.run(
         [sys.executable, "-W", "error", Path(__file__).with_name("sharded_averages.py")],
         capture_output=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         text=True,
         timeout=900,
     )

@@ -25,7 +25,7 @@ ASSEMBLERS = {
     "CUDA 12.0": ("cuda_nvcc", (75, 80, 90)),
     "CUDA 13": ("cu13", (75, 80, 90, 100, 120)),
 }
-MAX_REGISTERS = {"rectangle_max.cu": 80, "tiles.cu": 96, "scatter_at_argmax.cu": 80}
+MAX_REGISTERS = {"rectangle_max.cu": 80, "windows.cu": 128, "scatter_at_argmax.cu": 80}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,10 +41,10 @@ def kernels(workload, dtype):
     for dtype_of_argmax in (None, argmax_dtype):
         plan = plans.rectangle_max(problem, dtype, dtype_of_argmax, empty_is_least=False)
         yield plan.pool
-        if plan.make_tiles is not None:
-            yield plan.make_tiles
-    for tile in plans.TILES:
-        kernel = plans.scatter_at_argmax(problem, dtype, argmax_dtype, tile=tile)
+        if plan.make_windows is not None:
+            yield plan.make_windows
+    for tiling in (plans.FEW_CELLS, plans.MANY_CELLS):
+        kernel = plans.scatter_at_argmax(problem, dtype, argmax_dtype, tiling=tiling)
         if kernel is not None:
             yield kernel
 

@@ -1,11 +1,10 @@
 """The CUDA kernels themselves, emulated: every branch of them, and whatever edges say.
 
 The contract is tested in `test_contract.py`. Here are the kernels that its problems do not need:
-tiles of every level, vectors of every width, numbers of 64 bits; sums in order; and edges, argmaxes
-and image indices that nobody has promised anything of. All of it under the sanitizers.
+windows of every side, vectors of every width, numbers of 64 bits; sums in order; and edges,
+argmaxes and image indices that nobody has promised anything of. All of it under the sanitizers.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -32,8 +31,8 @@ class Case(NamedTuple):
     problem: plans.Problem
     dtype: type
     argmax: np.dtype | None = INT32
-    levels: int = 0
-    tile: tuple[int, int] = (4, 4)
+    window: int = 0
+    tiling: plans.Tiling = plans.FEW_CELLS
     empty: float = 0.0
     is_wide: bool = False  # numbers of 64 bits, although 32 would do
 
@@ -41,43 +40,45 @@ class Case(NamedTuple):
         words = "x".join(map(str, self.problem)), np.dtype(self.dtype).name
         argmax = "none" if self.argmax is None else self.argmax.name
         wide = ("wide",) if self.is_wide else ()
-        return "-".join((*words, argmax, f"levels{self.levels}", *wide))
+        return "-".join((*words, argmax, f"window{self.window}", *wide))
 
 
 Problem = plans.Problem
+OTHER_TILING = plans.Tiling(3, 5, vector=2, in_registers=False, warps=2, at_once=3)
+TILINGS = (plans.FEW_CELLS, plans.MANY_CELLS)
 ROW = Problem(1, 1, 1, 60, 2, 5, 1, 7)
 COLUMN = Problem(1, 2, 61, 1, 1, 5, 5, 1)
 ODD = Problem(1, 2, 23, 37, 3, 9, 2, 1)
 EVEN = Problem(2, 2, 32, 48, 4, 6, 1, 2)
-MANY_CHANNELS = Problem(1, 2, 9, 14, 132, 5, 1, 3)
-MANY_BINS = Problem(1, 1, 13, 6, 8, 40, 9, 11)  # more of a RoI than a warp lists at once
-HALF_A_WARP = Problem(1, 1, 20, 11, 13, 35, 3, 2)
+MANY_CHANNELS = Problem(1, 2, 9, 14, 132, 350, 1, 3)  # of several warps, each with RoIs to list
+MANY_BINS = Problem(1, 1, 13, 6, 8, 40, 9, 11)  # more than are listed at once
+HALF_A_WARP = Problem(1, 1, 20, 11, 13, 150, 3, 2)  # more RoIs than a warp lists at once
 
 CASES = (
-    Case(ODD, np.float32, INT16, levels=3),
-    Case(EVEN, np.float32, None, levels=4, empty=-np.inf),
+    Case(ODD, np.float32, INT16, window=8),
+    Case(EVEN, np.float32, None, window=16, empty=-np.inf),
     Case(COLUMN, np.float64, INT32),
-    Case(MANY_CHANNELS, np.float32, INT32, tile=(4, 8)),
-    Case(MANY_BINS, jnp.bfloat16, INT16, levels=1, tile=(8, 8)),
-    Case(HALF_A_WARP, np.float16, INT32, levels=2, empty=-np.inf),
-    Case(ODD, np.uint8, INT16, levels=2),
-    Case(ROW, np.float32, INT16, levels=1),
+    Case(MANY_CHANNELS, np.float32, INT32, tiling=plans.MANY_CELLS),
+    Case(MANY_BINS, jnp.bfloat16, INT16, window=2, tiling=OTHER_TILING),
+    Case(HALF_A_WARP, np.float16, INT32, window=4, empty=-np.inf),
+    Case(ODD, np.uint8, INT16, window=4),
+    Case(ROW, np.float32, INT16),
     Case(COLUMN, np.int8, None, empty=-np.inf),
-    Case(EVEN, np.float64, INT16, levels=2, tile=(4, 8)),
-    Case(EVEN, np.int8, INT32, levels=4, empty=-np.inf),
-    Case(EVEN, np.int64, INT16, levels=1, empty=-np.inf),
-    Case(EVEN, jnp.bfloat16, None, levels=3),
-    Case(ODD, np.float16, INT16, levels=4, is_wide=True),
-    Case(ODD, np.float32, INT32, levels=2, tile=(8, 8), is_wide=True),
-    Case(ODD, np.int16, INT32, levels=1),
-    Case(ODD, np.uint64, INT32, levels=3, empty=-np.inf),
-    Case(MANY_CHANNELS, jnp.bfloat16, INT16, levels=1, tile=(8, 8)),
-    Case(MANY_CHANNELS, np.uint16, INT32, levels=2),
+    Case(EVEN, np.float64, INT16, window=4, tiling=plans.MANY_CELLS),
+    Case(EVEN, np.int8, INT32, window=16, empty=-np.inf),
+    Case(EVEN, np.int64, INT16, window=2, empty=-np.inf),
+    Case(EVEN, jnp.bfloat16, None, window=8),
+    Case(ODD, np.float16, INT16, window=16, is_wide=True),
+    Case(ODD, np.float32, INT32, window=4, tiling=OTHER_TILING, is_wide=True),
+    Case(ODD, np.int16, INT32, window=2),
+    Case(ODD, np.uint64, INT32, window=8, empty=-np.inf),
+    Case(MANY_CHANNELS, jnp.bfloat16, INT16, window=2, tiling=OTHER_TILING),
+    Case(MANY_CHANNELS, np.uint16, INT32, window=4),
     Case(MANY_CHANNELS, np.uint32, INT16, empty=-np.inf),
     Case(MANY_BINS, np.float32, INT32, empty=-np.inf),
-    Case(MANY_BINS, np.int32, INT16, levels=1),
-    Case(HALF_A_WARP, jnp.bfloat16, INT16, tile=(4, 8), is_wide=True),
-    Case(HALF_A_WARP, np.float32, None, levels=2),
+    Case(MANY_BINS, np.int32, INT16, window=2),
+    Case(HALF_A_WARP, jnp.bfloat16, INT16, tiling=plans.MANY_CELLS, is_wide=True),
+    Case(HALF_A_WARP, np.float32, None, window=4),
 )
 with_cases = pytest.mark.parametrize("case", some_by_default(CASES, CASES[:5]), ids=str)
 FLOATS = tuple(case for case in CASES if not rectangle_oracle.is_integer(case.dtype))
@@ -95,17 +96,19 @@ def launch(case, kernel, results, *operands):
     return emulated_cuda.launch(kernel, results, *operands)
 
 
-def pool(case, features, edges, tiles_are_used=1):
+def pool(case, features, edges, windows_are_used=1):
     problem, dtype = case.problem, np.dtype(case.dtype)
     plan = plans.rectangle_max(
-        problem, dtype, case.argmax, empty_is_least=case.empty < 0, levels=case.levels
+        problem, dtype, case.argmax, empty_is_least=case.empty < 0, window=case.window
     )
     dtypes = [dtype, *([] if case.argmax is None else [case.argmax])]
     operands = [features, edges]
-    if case.levels:
-        used = np.array(tiles_are_used, np.int32)
-        tiles = [jax.ShapeDtypeStruct((plan.tiles, problem.C), dtype) for dtype in dtypes]
-        operands += [used, *launch(case, plan.make_tiles, tiles, features, used)]
+    if case.window:
+        used = np.array(windows_are_used, np.int32)
+        shape = (problem.G, problem.n, *plan.windows, problem.C)
+        dtypes_there = [dtype, *([] if case.argmax is None else [np.uint8])]
+        windows = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes_there]
+        operands += [used, *launch(case, plan.make_windows, windows, features, used)]
     shape = (problem.G, problem.K, problem.P, problem.Q, problem.C)
     results = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
     return launch(case, plan.pool, results, *operands)
@@ -113,9 +116,9 @@ def pool(case, features, edges, tiles_are_used=1):
 
 def scatter(case, cotangent, argmax, edges):
     problem = case.problem
-    kernel = plans.scatter_at_argmax(problem, cotangent.dtype, argmax.dtype, tile=case.tile)
+    kernel = plans.scatter_at_argmax(problem, cotangent.dtype, argmax.dtype, tiling=case.tiling)
     result = jax.ShapeDtypeStruct(problem[:5], cotangent.dtype)
-    (gradient,) = launch(case, kernel, [result], cotangent, argmax, edges)
+    (gradient,) = launch(case, kernel, [result], cotangent, argmax, edges.swapaxes(1, 2))
     return gradient
 
 
@@ -182,8 +185,8 @@ def test_maxima(case):
         maxima, argmax = rectangle_oracle.rectangle_max(
             features, kept_inside(edges, case.problem), case.problem[6:], case.empty
         )
-        for tiles_are_used in range(2 if case.levels else 1):
-            got, *cells = pool(case, features, edges, tiles_are_used)
+        for windows_are_used in range(2 if case.window else 1):
+            got, *cells = pool(case, features, edges, windows_are_used)
             for cell in cells:
                 assert_same(cell, argmax.astype(case.argmax))
             assert_same(got, maxima)
@@ -233,7 +236,7 @@ def test_the_emulator_reports_what_is_outside():
     """A kernel that is told of a larger map than it gets."""
     case = CASES[0]
     plan = plans.rectangle_max(
-        case.problem._replace(H=30), np.dtype(case.dtype), None, empty_is_least=False, levels=0
+        case.problem._replace(H=30), np.dtype(case.dtype), None, empty_is_least=False, window=0
     )
     roi = [1, *(0, 30), *(30, 30), *(0, 37)]  # the last image, all rows in the first bin
     edges = np.broadcast_to(np.array(roi, np.int32), (1, 9, 7))
@@ -274,10 +277,10 @@ def test_names_tell_kernels_apart():
                 np.dtype(case.dtype),
                 case.argmax,
                 empty_is_least=case.empty < 0,
-                levels=case.levels,
+                window=case.window,
             )
         ]
-        for kernel in (plan.pool, plan.make_tiles)
+        for kernel in (plan.pool, plan.make_windows)
         if kernel is not None
     ]
     assert len({kernel.name for kernel in kernels}) == len({k.macros for k in kernels})
@@ -294,7 +297,7 @@ def test_offsets_have_64_bits_where_a_map_wants_them():
             LARGE._replace(H=side, W=2**11, C=512), float32, INT32, empty_is_least=False
         )
         assert dict(plan.pool.macros)["OFFSET"] == offset
-        assert dict(plan.make_tiles.macros)["OFFSET"] == offset
+        assert dict(plan.make_windows.macros)["OFFSET"] == offset
 
 
 def test_counts_have_64_bits_where_the_bins_want_them():
@@ -322,14 +325,16 @@ def test_integers_have_no_gradient_kernel():
     assert plans.scatter_at_argmax(LARGE, np.dtype(np.int32), INT32) is None
 
 
-@pytest.mark.parametrize("tile", plans.TILES)
+@pytest.mark.parametrize("tiling", TILINGS)
 @pytest.mark.parametrize("dtype", (np.float32, np.float64, jnp.bfloat16))
-def test_seven_warps_of_a_gradient_fit_a_multiprocessor_of_a_t4(tile, dtype):
-    """It has 64 KB of shared memory, and a kernel that asks for no more has 48 KB."""
-    kernel = plans.scatter_at_argmax(LARGE, np.dtype(dtype), INT32, tile=tile)
+def test_a_gradient_has_its_shared_memory_even_on_a_t4(tiling, dtype):
+    """It has 64 KB, of which a kernel that asks for no more has 48."""
+    kernel = plans.scatter_at_argmax(LARGE, np.dtype(dtype), INT32, tiling=tiling)
     macros = dict(kernel.macros)
-    sums = tile[0] * tile[1] * int(macros["VECTOR"]) * 32 * (8 if macros["SUM"] == "double" else 4)
-    assert 7 * (sums + 4 * 256) <= 64 * 1024
+    sums = tiling.rows * tiling.columns * int(macros["VECTOR"]) * kernel.threads
+    sum_bytes = 8 if macros["SUM"] == "double" else 4
+    lists = 4 * (2 * kernel.threads + 256)
+    assert lists + (0 if tiling.in_registers else sums * sum_bytes) <= 40 * 1024
 
 
 def test_large_rows_of_bins_are_shared_among_blocks():
@@ -340,14 +345,15 @@ def test_large_rows_of_bins_are_shared_among_blocks():
     assert plan.pool.blocks * items >= 2 * 4096 * 512 // 4
 
 
-@functools.cache
-def levels_of(*sizes):
-    return plans.worthwhile_levels(Problem(1, 1, *sizes[:2], 8, 100, *sizes[2:]))
+def window_of(*sizes, rois=100):
+    return plans.worthwhile_window(Problem(1, 1, *sizes[:2], 8, rois, *sizes[2:]))
 
 
-def test_tiles_are_made_where_bins_can_be_large():
-    assert levels_of(38, 50, 7, 7) == 0
-    assert levels_of(100, 168, 7, 7) == 2
-    assert levels_of(200, 336, 7, 7) == 3
-    assert levels_of(512, 512, 1, 1) == plans.MAX_LEVELS
-    assert levels_of(1, 2**14, 1, 7) == 0  # a row: no tile has two
+def test_windows_are_made_where_bins_can_be_large_or_are_many():
+    assert window_of(38, 50, 7, 7) == 0
+    assert window_of(38, 50, 7, 7, rois=1000) == 2
+    assert window_of(100, 168, 7, 7) == 4
+    assert window_of(200, 336, 7, 7) == 4
+    assert window_of(512, 512, 1, 1) == plans.LARGEST_WINDOW
+    assert window_of(1, 2**14, 1, 7) == 0  # a row has no window
+    assert window_of(7, 7, 7, 7, rois=1000) == 0  # nor has a bin of a cell

@@ -66,11 +66,11 @@ def kernels(text):
     return [KERNELS.search(line)[1] for line in calls]
 
 
-def test_the_kernels_are_had_by_name_alone(compiler):
-    for name in ("cuda", "kernel"):
+def test_the_kernels_are_the_default(compiler):
+    for name in (None, "cuda", "kernel"):
         text = lowered(functools.partial(pool, implementation=name), FEATURES)
         assert kernels(text) == ["rectangle_max"]
-    for name in (None, "xla", "blocks"):
+    for name in ("xla", "blocks"):
         text = lowered(functools.partial(pool, implementation=name), FEATURES)
         assert xla_call.TARGET not in text
 
@@ -79,8 +79,8 @@ def test_the_gradient_is_a_kernel(compiler):
     assert kernels(lowered(both, FEATURES)) == ["rectangle_max", "scatter_at_argmax"]
 
 
-def test_large_bins_have_tiles(compiler):
-    expected = ["tiles", "rectangle_max", "scatter_at_argmax"]
+def test_large_bins_have_windows(compiler):
+    expected = ["windows", "rectangle_max", "scatter_at_argmax"]
     assert kernels(lowered(both, LARGE_MAP)) == expected
 
 

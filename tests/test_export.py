@@ -21,6 +21,8 @@ from harness import (
     some_by_default,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 OUTPUT_SIZE = (2, 3)
 FEATURES = distinct_features((2, 6, 7, 2))

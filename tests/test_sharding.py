@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def results(request):
     process = subprocess.run(
         [sys.executable, "-W", "error", Path(__file__).with_name("sharded.py"), *full],
         capture_output=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         text=True,
         timeout=900,
     )

@@ -36,7 +36,6 @@ class Family:
     backends: tuple[Backend, ...]
     kernels: Mapping[str, tuple[str, ...]]  # written by hand for a platform
     portable: Mapping[str, tuple[str, ...]]  # plain XLA
-    untried: frozenset[str] = frozenset()  # kernels that no device has run yet: only if asked for
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -47,8 +46,7 @@ class Family:
         """The names of the backends that `implementation` allows on a platform, best first."""
         kernels = self.kernels.get(platform, ())
         portable = self.portable.get(platform, self.portable["*"])
-        tried = tuple(name for name in kernels if name not in self.untried)
-        words = {None: tried + portable, "xla": portable, "kernel": kernels}
+        words = {None: kernels + portable, "xla": portable, "kernel": kernels}
         return words[implementation] if implementation in words else (str(implementation),)
 
     def check_name(self, implementation: str | None) -> None:

@@ -1,5 +1,5 @@
 // As much of CUDA C++ as the kernels use, for a C++ compiler. A block's threads run one after the
-// other; the 32 of a block that is one warp run as fibers, and meet where a warp's threads meet.
+// other, or as fibers that meet where the threads of a warp or of a block do.
 #pragma once
 
 #include <cstring>
@@ -35,31 +35,23 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
-inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 
 namespace emulator {
-constexpr int kLanes = 32;
-// What each lane of the warp has brought to where all meet.
-inline int brought[kLanes];
-// Waits until all lanes have come. All of a block's threads must be one warp.
-void meet();
+constexpr int kWarp = 32, kMostThreads = 1024;
+enum class Meeting { kOfWarp, kOfBlock };
+// What each thread has brought to where its warp meets.
+inline int brought[kMostThreads];
+// Waits until all threads of the warp, or of the block, have come.
+void meet(Meeting);
 }  // namespace emulator
 
-inline void __syncwarp() { emulator::meet(); }
-inline unsigned __ballot_sync(unsigned, bool vote) {
-  using namespace emulator;
-  brought[threadIdx.x] = vote;
-  meet();
-  unsigned votes = 0;
-  for (int lane = 0; lane < kLanes; ++lane) votes |= unsigned(brought[lane]) << lane;
-  meet();
-  return votes;
-}
-inline int __shfl_sync(unsigned, int value, int from) {
+inline void __syncthreads() { emulator::meet(emulator::Meeting::kOfBlock); }
+inline int __shfl_up_sync(unsigned, int value, int distance) {
   using namespace emulator;
   brought[threadIdx.x] = value;
-  meet();
-  const int got = brought[from];
-  meet();
+  meet(Meeting::kOfWarp);
+  const bool has_one = int(threadIdx.x % kWarp) >= distance;
+  const int got = has_one ? brought[threadIdx.x - distance] : value;
+  meet(Meeting::kOfWarp);
   return got;
 }

@@ -1,4 +1,5 @@
-// One kernel, SOURCE with its macros, to be called with an array of pointers.
+// One kernel, SOURCE with its macros, to be called with an array of pointers. THREADS_MEET says whether
+// its threads do.
 #include "cuda.h"
 
 #include <utility>
@@ -18,5 +19,6 @@ void call(void (*kernel)(Pointers...), void** arrays) {
   call(kernel, arrays, std::index_sequence_for<Pointers...>());
 }
 
+bool threads_meet() { return THREADS_MEET; }
 size_t num_arrays() { return count(KERNEL); }
 void run_thread(void** arrays) { call(KERNEL, arrays); }

@@ -10,18 +10,20 @@
 
 #include "cuda.h"
 
+bool threads_meet();
 size_t num_arrays();
 void run_thread(void** arrays);
 
-using emulator::kLanes;
+using emulator::kMostThreads, emulator::kWarp, emulator::Meeting;
 
 namespace {
 
-constexpr size_t kStackSize = 1 << 18;
-ucontext_t scheduler, lanes[kLanes];
-char stacks[kLanes][kStackSize];
-bool is_done[kLanes], is_warp;
-int num_waiting;
+enum class State { kRuns, kWaitsForWarp, kWaitsForBlock, kIsDone };
+
+constexpr size_t kStackSize = 1 << 16;
+ucontext_t scheduler, fibers[kMostThreads];
+char stacks[kMostThreads][kStackSize];
+State states[kMostThreads];
 void** the_arrays;
 
 [[noreturn]] void fail(const char* what) {
@@ -29,28 +31,43 @@ void** the_arrays;
   std::abort();
 }
 
-void run_lane() {
+void run_fiber() {
   run_thread(the_arrays);
-  is_done[threadIdx.x] = true;
+  states[threadIdx.x] = State::kIsDone;
 }
 
-void run_warp() {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    is_done[lane] = false;
-    getcontext(&lanes[lane]);
-    lanes[lane].uc_stack.ss_sp = stacks[lane];
-    lanes[lane].uc_stack.ss_size = kStackSize;
-    lanes[lane].uc_link = &scheduler;
-    makecontext(&lanes[lane], run_lane, 0);
-  }
-  for (int num_done = 0; num_done < kLanes;) {
-    num_waiting = num_done = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      threadIdx.x = lane;
-      if (!is_done[lane]) swapcontext(&scheduler, &lanes[lane]);
-      num_done += is_done[lane];
+// Whether all threads from `first` to `end` wait for each other, and go on.
+bool all_have_met(State waiting, int first, int end) {
+  int count = 0;
+  for (int i = first; i < end; ++i) count += states[i] == waiting;
+  if (count < end - first) return false;
+  for (int i = first; i < end; ++i) states[i] = State::kRuns;
+  return true;
+}
+
+void run_until_it_waits_for_others(int warp) {
+  do {
+    for (int i = warp; i < warp + kWarp; ++i) {
+      threadIdx.x = i;
+      if (states[i] == State::kRuns) swapcontext(&scheduler, &fibers[i]);
     }
-    if (num_done < kLanes && num_waiting < kLanes) fail("a lane ends where others wait for it");
+  } while (all_have_met(State::kWaitsForWarp, warp, warp + kWarp));
+}
+
+void run_block(int threads) {
+  for (int i = 0; i < threads; ++i) {
+    states[i] = State::kRuns;
+    getcontext(&fibers[i]);
+    fibers[i].uc_stack.ss_sp = stacks[i];
+    fibers[i].uc_stack.ss_size = kStackSize;
+    fibers[i].uc_link = &scheduler;
+    makecontext(&fibers[i], run_fiber, 0);
+  }
+  do {
+    for (int warp = 0; warp < threads; warp += kWarp) run_until_it_waits_for_others(warp);
+  } while (all_have_met(State::kWaitsForBlock, 0, threads));
+  for (int i = 0; i < threads; ++i) {
+    if (states[i] != State::kIsDone) fail("a thread waits where others do not come");
   }
 }
 
@@ -60,11 +77,11 @@ void read(void* to, size_t bytes) {
 
 }  // namespace
 
-void emulator::meet() {
-  if (!is_warp) fail("threads meet in a block of more than a warp");
-  const unsigned lane = threadIdx.x;
-  ++num_waiting;
-  swapcontext(&lanes[lane], &scheduler);
+void emulator::meet(Meeting meeting) {
+  if (!threads_meet()) fail("threads meet that do not run as fibers");
+  const unsigned thread = threadIdx.x;
+  states[thread] = meeting == Meeting::kOfWarp ? State::kWaitsForWarp : State::kWaitsForBlock;
+  swapcontext(&fibers[thread], &scheduler);
 }
 
 int main() {
@@ -82,10 +99,10 @@ int main() {
     for (int64_t i = 0; i < operands; ++i) read(arrays[i], bytes[i]);
 
     the_arrays = arrays.data();
-    is_warp = threads == kLanes;
+    if (threads > kMostThreads || threads % kWarp != 0) fail("a block has other threads");
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-      if (is_warp) {
-        run_warp();
+      if (threads_meet()) {
+        run_block(threads);
       } else {
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) run_thread(the_arrays);
       }

@@ -62,7 +62,6 @@ FAMILY = Family(
     ),
     kernels={"cpu": ("cpu",), "cuda": ("cuda",), "tpu": ("tpu",)},
     portable={"tpu": ("dense", "blocks"), "*": ("blocks", "segment_max")},
-    untried=frozenset({"cuda"}),
 )
 
 CUSTOM_CALLS = (*native.CUSTOM_CALLS, cuda.CUSTOM_CALL)

@@ -37,15 +37,15 @@ def rectangle_max(features, edges, *, output_size, argmax_dtype, empty_value):
             argmax_dtype=argmax_dtype,
             empty_value=empty_value,
         )
-    dtypes = [features.dtype, *([] if argmax_dtype is None else [argmax_dtype])]
     operands = [features, edges]
-    if plan.make_tiles is not None:
-        used = _tiles_pay(edges, problem)
-        shapes = [jax.ShapeDtypeStruct((plan.tiles, problem.C), dtype) for dtype in dtypes]
-        operands += [used, *xla_call.call(plan.make_tiles, shapes, features, used)]
-    shape = (problem.G, problem.K, problem.P, problem.Q, problem.C)
-    results = [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes]
-    return xla_call.call(plan.pool, results, *operands)
+    if plan.make_windows is not None:
+        used = _windows_pay(edges, problem)
+        shape = (G, n, *plan.windows, C)
+        places_dtype = None if argmax_dtype is None else np.uint8
+        windows = _results(shape, features.dtype, places_dtype)
+        operands += [used, *xla_call.call(plan.make_windows, windows, features, used)]
+    shape = (G, problem.K, problem.P, problem.Q, C)
+    return xla_call.call(plan.pool, _results(shape, features.dtype, argmax_dtype), *operands)
 
 
 gather_at_argmax = blocks.gather_at_argmax
@@ -61,12 +61,19 @@ def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):
         kernel = plans.scatter_at_argmax(problem, cotangent.dtype, argmax.dtype)
     if kernel is None:
         return blocks.scatter_at_argmax(cotangent, argmax, edges, map_shape=map_shape)
-    result = jax.ShapeDtypeStruct((G, n, H, W, C), cotangent.dtype)
-    return xla_call.call(kernel, [result], cotangent, argmax, edges)
+    # A block's threads read the edges of as many RoIs at once.
+    by_lane = edges.swapaxes(1, 2)
+    return xla_call.call(
+        kernel, _results((G, n, H, W, C), cotangent.dtype), cotangent, argmax, by_lane
+    )
 
 
-def _tiles_pay(edges: jax.Array, problem: plans.Problem) -> jax.Array:
-    """Whether all bins have several times as many cells as there are, so that tiles save reads.
+def _results(shape: tuple[int, ...], *dtypes) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes if dtype is not None]
+
+
+def _windows_pay(edges: jax.Array, problem: plans.Problem) -> jax.Array:
+    """Whether all bins have several times as many cells as there are, so that windows save reads.
 
     int32, for kernels to read: known only when the program runs.
     """

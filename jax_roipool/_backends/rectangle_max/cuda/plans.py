@@ -30,13 +30,29 @@ ELEMENTS = {
 THREADS = 256
 MAX_ITEMS = 8 * THREADS  # of a block: large rows of bins are shared among several
 VECTOR_BYTES, MAX_VECTOR = 16, 8
-MAX_LEVELS = 4
-CELLS_A_BIN = 128  # of a map, from which on tiles can be worth making
 WARP = 32
-# Of the gradient, the largest first. With 8 x 8 cells a multiprocessor of a T4, which has 64 KB of
-# shared memory, has room for 3 warps, with 4 x 8 for 7.
-TILES = ((4, 8), (4, 4))
-ENOUGH_BLOCKS = 1024  # to prefer a larger tile
+# Maxima of windows of cells are made first where bins can be large, or where they are many.
+CELLS_A_BIN = 128  # of a map
+BINS_A_CELL = 8
+LARGEST_WINDOW = 16  # whose cells are numbered by a byte
+BAND = 16
+WINDOW_BYTES = 128  # of a row of a window, that a thread has in its registers several times
+
+
+class Tiling(NamedTuple):
+    """How the gradient is shared out: tiles of cells to blocks, channels to their warps."""
+
+    rows: int
+    columns: int
+    vector: int  # channels of a lane, if they divide
+    in_registers: bool
+    warps: int  # of a block, at most
+    at_once: int
+
+
+FEW_CELLS = Tiling(2, 2, vector=2, in_registers=True, warps=4, at_once=3)
+MANY_CELLS = Tiling(4, 8, vector=1, in_registers=False, warps=8, at_once=6)
+SHARED_BYTES = 34 << 10  # of a block for its sums; a T4 has 64 KB for all blocks at once
 
 
 class Problem(NamedTuple):
@@ -81,8 +97,8 @@ class MaximaPlan(NamedTuple):
     """The kernels of a `rectangle_max`."""
 
     pool: Kernel
-    make_tiles: Kernel | None
-    tiles: int  # of all images and levels
+    make_windows: Kernel | None
+    windows: tuple[int, int]  # of an image: rows and columns
 
 
 def rectangle_max(
@@ -91,40 +107,54 @@ def rectangle_max(
     argmax_dtype: np.dtype | None,
     *,
     empty_is_least: bool,
-    levels: int | None = None,
+    window: int | None = None,
 ) -> MaximaPlan | None:
-    """The plan for maxima; with that many levels of tiles, or as many as can pay."""
+    """The plan for maxima; with windows of that side, or of the side that can pay."""
+    window = worthwhile_window(problem) if window is None else window
     vector = _vector(problem.C, dtype)
     vectors = problem.C // vector
-    levels = worthwhile_levels(problem) if levels is None else levels
     items = min(max(problem.Q * vectors, THREADS), MAX_ITEMS)
-    common = {
-        **_macros(problem, dtype, argmax_dtype or np.dtype(np.int32), vector, THREADS),
-        "WITH_ARGMAX": int(argmax_dtype is not None),
-        "LEVELS": levels,
-    }
+    of_maxima = {"WITH_ARGMAX": int(argmax_dtype is not None), "WINDOW": window}
+    argmax_dtype = argmax_dtype or np.dtype(np.int32)
     pool = _kernel(
         "rectangle_max.cu",
         dtype,
-        {**common, "ITEMS": items, "EMPTY_IS_LEAST": int(empty_is_least)},
+        {
+            **_macros(problem, dtype, argmax_dtype, vector, THREADS),
+            **of_maxima,
+            "ITEMS": items,
+            "EMPTY_IS_LEAST": int(empty_is_least),
+        },
         blocks=math.ceil(problem.bins * vectors / items),
     )
-    if not levels:
-        return MaximaPlan(pool, None, 0) if _fits(pool) else None
-    images = problem.G * problem.n
-    last = math.prod(((size - 1) >> levels) + 1 for size in (problem.H, problem.W))
-    blocks = math.ceil(images * last * vectors / THREADS)
-    make_tiles = _kernel("tiles.cu", dtype, common, blocks)
-    tiles = images * sum((problem.H >> i) * (problem.W >> i) for i in range(1, levels + 1))
-    return MaximaPlan(pool, make_tiles, tiles) if _fits(pool, make_tiles) else None
+    if not window:
+        return MaximaPlan(pool, None, (0, 0)) if _fits(pool) else None
+    rows, columns = problem.H - window + 1, problem.W - window + 1
+    registers = max(dtype.itemsize, 4)  # bytes of an element there
+    vector = min(vector, max(WINDOW_BYTES // (window * registers), 1))
+    threads = problem.G * problem.n * math.ceil(rows / BAND) * columns * (problem.C // vector)
+    make_windows = _kernel(
+        "windows.cu",
+        dtype,
+        {**_macros(problem, dtype, argmax_dtype, vector, THREADS), **of_maxima, "BAND": BAND},
+        blocks=math.ceil(threads / THREADS),
+    )
+    plan = MaximaPlan(pool, make_windows, (rows, columns))
+    return plan if _fits(pool, make_windows) else None
 
 
-def worthwhile_levels(problem: Problem) -> int:
-    """As many as can serve a bin of a RoI as large as the map, or 0 if bins are small anyway."""
-    if problem.H * problem.W < CELLS_A_BIN * problem.P * problem.Q:
+def worthwhile_window(problem: Problem) -> int:
+    """The side of windows: about the root of the longest bins', so that they take few of any size.
+
+    0 where bins are small, and few beside the map's cells.
+    """
+    cells = problem.G * problem.n * problem.H * problem.W
+    bins_are_large = problem.H * problem.W >= CELLS_A_BIN * problem.P * problem.Q
+    if not bins_are_large and problem.bins < BINS_A_CELL * cells:
         return 0
     side = min(math.ceil(problem.H / problem.P), math.ceil(problem.W / problem.Q))
-    return max(0, min(MAX_LEVELS, (side // 2).bit_length() - 1))
+    window = min(2 ** round(math.log2(side) / 2), LARGEST_WINDOW)
+    return window if window > 1 else 0
 
 
 def scatter_at_argmax(
@@ -132,27 +162,33 @@ def scatter_at_argmax(
     dtype: np.dtype,
     argmax_dtype: np.dtype,
     *,
-    tile: tuple[int, int] | None = None,
+    tiling: Tiling | None = None,
 ) -> Kernel | None:
-    """The plan for gradients; of tiles of that size, or as large as keeps a GPU busy."""
+    """The plan for gradients; shared out so, or as suits bins as large as they can be."""
     is_integer = np.issubdtype(dtype, np.integer)
     if is_integer or problem.K * problem.P * problem.Q >= INDEX_LIMIT:
         return None
-    vector = math.gcd(problem.C, 1 if dtype.itemsize > 4 else 2)  # whose sums are 8 bytes at most
+    if tiling is None:
+        bins_are_large = problem.H * problem.W >= CELLS_A_BIN * problem.P * problem.Q
+        tiling = MANY_CELLS if bins_are_large else FEW_CELLS
+    vector = math.gcd(problem.C, tiling.vector)
     slices = math.ceil(problem.C / vector / WARP)
-
-    def blocks(rows: int, columns: int) -> int:
-        tiles = math.ceil(problem.H / rows) * math.ceil(problem.W / columns)
-        return problem.G * problem.n * tiles * slices
-
-    tile = tile or next((tile for tile in TILES if blocks(*tile) >= ENOUGH_BLOCKS), TILES[-1])
+    tiles = math.ceil(problem.H / tiling.rows) * math.ceil(problem.W / tiling.columns)
+    sum_bytes = max(dtype.itemsize, 4)
+    warps = min(slices, tiling.warps)
+    if not tiling.in_registers:
+        sums = tiling.rows * tiling.columns * vector * WARP * sum_bytes  # of a warp, in bytes
+        warps = min(warps, max(SHARED_BYTES // sums, 1))
     macros = {
-        **_macros(problem, dtype, argmax_dtype, vector, WARP),
-        "TILE_ROWS": tile[0],
-        "TILE_COLS": tile[1],
-        "SUM": "double" if dtype.itemsize > 4 else "float",
+        **_macros(problem, dtype, argmax_dtype, vector, warps * WARP),
+        "TILE_ROWS": tiling.rows,
+        "TILE_COLS": tiling.columns,
+        "SUM": "double" if sum_bytes > 4 else "float",
+        "IN_REGISTERS": int(tiling.in_registers),
+        "AT_ONCE": tiling.at_once,
     }
-    kernel = _kernel("scatter_at_argmax.cu", dtype, macros, blocks(*tile))
+    blocks = problem.G * problem.n * tiles * math.ceil(slices / warps)
+    kernel = _kernel("scatter_at_argmax.cu", dtype, macros, blocks)
     return kernel if _fits(kernel) else None
 
 

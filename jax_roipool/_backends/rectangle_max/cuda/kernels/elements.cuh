@@ -78,19 +78,14 @@ constexpr int kVectors = CHANNELS / VECTOR;  // of a cell, or of a bin
 constexpr Long kCells = Long(HEIGHT) * WIDTH;
 constexpr int kLanes = 1 + 2 * BIN_ROWS + 2 * BIN_COLS;  // of a RoI in the array of edges
 
-// The edges of one RoI, whatever they say: nothing outside of a map is ever read.
+// The edges of one RoI, kStride numbers apart.
+template <Long kStride>
 struct Edges {
   const int* lanes;
 
-  __device__ Edges(const int* edges, Long roi) : lanes(edges + roi * kLanes) {}
   __device__ int image() const { return lanes[0]; }
-  __device__ int row_start(int p) const { return inside(lanes[1 + p], HEIGHT); }
-  __device__ int row_end(int p) const { return inside(lanes[1 + BIN_ROWS + p], HEIGHT); }
-  __device__ int col_start(int q) const { return inside(lanes[1 + 2 * BIN_ROWS + q], WIDTH); }
-  __device__ int col_end(int q) const {
-    return inside(lanes[1 + 2 * BIN_ROWS + BIN_COLS + q], WIDTH);
-  }
-
- private:
-  static __device__ int inside(int x, int size) { return min(max(x, 0), size); }
+  __device__ int row_start(int p) const { return lanes[(1 + p) * kStride]; }
+  __device__ int row_end(int p) const { return lanes[(1 + BIN_ROWS + p) * kStride]; }
+  __device__ int col_start(int q) const { return lanes[(1 + 2 * BIN_ROWS + q) * kStride]; }
+  __device__ int col_end(int q) const { return lanes[(1 + 2 * BIN_ROWS + BIN_COLS + q) * kStride]; }
 };

@@ -1,7 +1,7 @@
-// The order of elements, the maximum so far, and tiles: the maxima of 2^level x 2^level cells.
+// The order of elements, the maximum so far, and windows of cells whose maxima are made first.
 //
 //   WITH_ARGMAX   0 or 1
-//   LEVELS        levels of tiles, 0 for none
+//   WINDOW        rows and columns of a window, 0 for none
 #pragma once
 
 #include "elements.cuh"
@@ -9,12 +9,13 @@
 // Of a multiprocessor, at least. Left to itself the assembler puts registers into memory for more.
 constexpr int kBlocksAtOnce = 2;
 
-// NaN is larger than any number, zeros are equal, and nothing is larger than an equal.
+// NaN is larger than any number, zeros are equal, and nothing is larger than an equal. Of && and ||
+// the compiler would make branches, which took twice as long.
 __device__ inline bool is_larger(Value value, Value maximum) {
-  return !(value <= maximum) && !Element::is_nan(maximum);
+  return !((value <= maximum) | Element::is_nan(maximum));
 }
-__device__ inline bool is_equal(Value value, Value maximum) {
-  return value == maximum || (Element::is_nan(value) && Element::is_nan(maximum));
+__device__ inline bool is_as_large(Value value, Value maximum) {
+  return !((value < maximum) | (Element::is_nan(maximum) & !Element::is_nan(value)));
 }
 
 struct Maxima {
@@ -38,8 +39,8 @@ struct Maxima {
   }
   // For cells, or maxima of several, in any order.
   __device__ void see(int i, Value v, int at) {
-    const bool better = is_larger(v, value[i]) ||
-                        (WITH_ARGMAX && is_equal(v, value[i]) && at < cell[i]);
+    const bool better = is_larger(v, value[i]) |
+                        (WITH_ARGMAX & is_as_large(v, value[i]) & (at < cell[i]));
     value[i] = better ? v : value[i];
     cell[i] = better ? at : cell[i];
   }
@@ -57,12 +58,10 @@ struct Maxima {
   }
 };
 
-// Tiles lie level after level from level 1 on, and in a level image after image.
-__device__ inline Long tiles_of(int level) {  // of all images
-  return Long(GROUPS) * IMAGES * (HEIGHT >> level) * (WIDTH >> level);
-}
-__device__ inline Long first_tile(int level, Long image) {
-  Long tile = image * ((HEIGHT >> level) * (WIDTH >> level));
-  for (int below = 1; below < level; ++below) tile += tiles_of(below);
-  return tile;
-}
+#if WINDOW
+// A window begins at every cell that has room for it.
+constexpr int kWindowRows = HEIGHT - WINDOW + 1, kWindowCols = WIDTH - WINDOW + 1;
+constexpr Long kWindows = Long(kWindowRows) * kWindowCols;  // of a map
+// Where in a window its maximum is, row * WINDOW + column.
+typedef Vector<unsigned char> Places;
+#endif

@@ -4,101 +4,96 @@
 //   EMPTY_IS_LEAST    whether a bin without cells gives the least value, not 0
 #include "maxima.cuh"
 
-// A rectangle of cells, or of tiles, in row-major order.
-class Walk {
+// The cells of a rectangle in row-major order. When there is none left, the last again.
+class Cells {
  public:
   int remaining;
 
-  __device__ Walk(int width, int row_start, int row_end, int col_start, int col_end)
-      : remaining((row_end - row_start) * (col_end - col_start)),
-        width_(width), cols_(col_end - col_start), at_(row_start * width + col_start),
-        left_(cols_) {}
-  // The next, and when there is none the last again.
+  __device__ Cells(int top, int bottom, int left, int right)
+      : remaining((bottom - top) * (right - left)), cols_(right - left),
+        at_(top * WIDTH + left), left_(cols_) {}
   __device__ int next() {
     const int at = at_;
     if (--remaining > 0) {
       ++at_;
-      if (--left_ == 0) at_ += width_ - cols_, left_ = cols_;
+      if (--left_ == 0) at_ += WIDTH - cols_, left_ = cols_;
     }
     return at;
   }
 
  private:
-  int width_, cols_, at_, left_;
+  int cols_, at_, left_;
 };
 
-// The next kCount, loaded at once and then compared: a maximum may see one twice. `cells` is null
-// where the values are those of cells.
-template <int kCount, bool kInOrder>
-__device__ inline void take(Maxima& maxima, const Elements* values, const Indices* cells,
-                            Walk& walk) {
+// The next kCount, loaded at once and then compared: a maximum may see one twice.
+template <int kCount>
+__device__ inline void take(Maxima& maxima, const Elements* map, Cells& cells) {
   int at[kCount];
   Elements x[kCount];
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) at[j] = walk.next();
+  for (int i = 0; i < kCount; ++i) at[i] = cells.next();
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) x[j] = values[OFFSET(at[j]) * kVectors];
+  for (int i = 0; i < kCount; ++i) x[i] = map[OFFSET(at[i]) * kVectors];
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    if (kInOrder) {
-      maxima.see_next(x[j], at[j]);
-      continue;
-    }
-    Indices cell;
-    if (cells != nullptr) cell = cells[OFFSET(at[j]) * kVectors];
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) {
-      maxima.see(i, Element::load(x[j].of[i]), cells == nullptr ? at[j] : cell.of[i]);
-    }
+  for (int i = 0; i < kCount; ++i) maxima.see_next(x[i], at[i]);
+}
+
+#if WINDOW
+// Windows that cover a rectangle: one beside and below the other, the last ones reaching back over
+// those before. When there is none left, the last again.
+class Windows {
+ public:
+  bool remain = true;
+
+  __device__ Windows(int top, int bottom, int left, int right)
+      : left_(left), last_row_(bottom - WINDOW), last_col_(right - WINDOW), row_(top), col_(left) {}
+  __device__ void next(int& row, int& col) {
+    row = row_, col = col_;
+    const bool is_last_col = col_ == last_col_;
+    remain = !(is_last_col & (row_ == last_row_));
+    if (!remain) return;
+    row_ = is_last_col ? min(row_ + WINDOW, last_row_) : row_;
+    col_ = is_last_col ? left_ : min(col_ + WINDOW, last_col_);
   }
-}
 
-template <bool kInOrder>
-__device__ inline void take_all(Maxima& maxima, const Elements* values, const Indices* cells,
-                                Walk walk) {
-  // Tiles have cells beside them: four of both would take too many registers.
-  while (kInOrder && walk.remaining > 2) take<4, kInOrder>(maxima, values, cells, walk);
-  while (walk.remaining > 0) take<2, kInOrder>(maxima, values, cells, walk);
-}
+ private:
+  int left_, last_row_, last_col_, row_, col_;
+};
 
-#if LEVELS
-// The cells of a large rectangle: the tiles of the highest level that lie inside, and around them
-// those of each level below.
-__device__ inline void take_tiles(Maxima& maxima, const Elements* map, const Elements* tile_maxima,
-                                  const Indices* tile_cells, Long image, int top, int bottom,
-                                  int left, int right) {
-  const Elements* values = map;
-  const Indices* cells = nullptr;
-  for (int level = 0;; ++level) {
-    // The tiles of the next level that lie inside of these.
-    const int inner_top = (top + 1) / 2, inner_bottom = bottom / 2;
-    const int inner_left = (left + 1) / 2, inner_right = right / 2;
-    const bool is_last =
-        level == LEVELS || inner_top >= inner_bottom || inner_left >= inner_right;
-    // Above, below, left and right of them; or all. One call: the loops in it take registers.
-    for (int side = 0; side < (is_last ? 1 : 4); ++side) {
-      const int t = side == 0 ? top : side == 1 ? 2 * inner_bottom : 2 * inner_top;
-      const int b = is_last || side == 1 ? bottom : side == 0 ? 2 * inner_top : 2 * inner_bottom;
-      const int l = side == 3 ? 2 * inner_right : left;
-      const int r = side == 2 ? 2 * inner_left : right;
-      if (t >= b || l >= r) continue;
-      take_all<false>(maxima, values, cells, Walk(WIDTH >> level, t, b, l, r));
+// The next two.
+__device__ inline void take(Maxima& maxima, const Elements* window_maxima,
+                            const Places* window_places, Windows& windows) {
+  int row[2], col[2];
+  Elements x[2];
+  Places places[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) windows.next(row[i], col[i]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const OFFSET at = OFFSET(row[i] * kWindowCols + col[i]) * kVectors;
+    x[i] = window_maxima[at];
+    if (WITH_ARGMAX) places[i] = window_places[at];
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+      const int place = WITH_ARGMAX ? places[i].of[j] : 0;
+      const int cell = (row[i] + place / WINDOW) * WIDTH + col[i] + place % WINDOW;
+      maxima.see(j, Element::load(x[i].of[j]), cell);
     }
-    if (is_last) return;
-    top = inner_top, bottom = inner_bottom, left = inner_left, right = inner_right;
-    const Long at = first_tile(level + 1, image) * kVectors;
-    values = tile_maxima + at;
-    if (WITH_ARGMAX) cells = tile_cells + at;
   }
 }
 #endif
 
+__device__ inline int inside(int x, int size) { return min(max(x, 0), size); }
+
 extern "C" __global__ void __launch_bounds__(THREADS, kBlocksAtOnce)
 KERNEL(const Elements* __restrict__ features, const int* __restrict__ edges,
-#if LEVELS
-       const int* __restrict__ tiles_are_used, const Elements* __restrict__ tile_maxima,
+#if WINDOW
+       const int* __restrict__ windows_are_used, const Elements* __restrict__ window_maxima,
 #if WITH_ARGMAX
-       const Indices* __restrict__ tile_cells,
+       const Places* __restrict__ window_places,
 #endif
 #endif
        Elements* __restrict__ pooled
@@ -112,10 +107,11 @@ KERNEL(const Elements* __restrict__ features, const int* __restrict__ edges,
     const int vector = item % kVectors;
     const COUNT bin = item / kVectors, roi = bin / (BIN_ROWS * BIN_COLS);
     const int p = bin / BIN_COLS % BIN_ROWS, q = bin % BIN_COLS;
-    const Edges roi_edges(edges, roi);
-    const int image = roi_edges.image();
-    const int top = roi_edges.row_start(p), bottom = roi_edges.row_end(p);
-    const int left = roi_edges.col_start(q), right = roi_edges.col_end(q);
+    const Edges<1> its{edges + Long(roi) * kLanes};
+    const int image = its.image();
+    // Whatever edges say, nothing outside of a map is ever read.
+    const int top = inside(its.row_start(p), HEIGHT), bottom = inside(its.row_end(p), HEIGHT);
+    const int left = inside(its.col_start(q), WIDTH), right = inside(its.col_end(q), WIDTH);
 
     Maxima maxima;
     if (image < 0 || image >= IMAGES) {
@@ -127,19 +123,24 @@ KERNEL(const Elements* __restrict__ features, const int* __restrict__ edges,
       for (int i = 0; i < VECTOR && !EMPTY_IS_LEAST; ++i) maxima.value[i] = 0;
     } else {
       const Long image_of_all = Long(roi / ROIS) * IMAGES + image;
-      const Elements* map = features + image_of_all * kCells * kVectors + vector;
       maxima.start(top * WIDTH + left);
-#if LEVELS
-#if !WITH_ARGMAX
-      constexpr const Indices* tile_cells = nullptr;
+#if WINDOW
+      if (*windows_are_used && bottom - top >= WINDOW && right - left >= WINDOW) {
+        const Long of_image = image_of_all * kWindows * kVectors + vector;
+#if WITH_ARGMAX
+        const Places* places = window_places + of_image;
+#else
+        const Places* places = nullptr;
 #endif
-      if (*tiles_are_used && bottom - top > 3 && right - left > 3) {
-        take_tiles(maxima, map, tile_maxima + vector, WITH_ARGMAX ? tile_cells + vector : nullptr,
-                   image_of_all, top, bottom, left, right);
+        Windows windows(top, bottom, left, right);
+        while (windows.remain) take(maxima, window_maxima + of_image, places, windows);
       } else
 #endif
       {
-        take_all<true>(maxima, map, nullptr, Walk(WIDTH, top, bottom, left, right));
+        const Elements* map = features + image_of_all * kCells * kVectors + vector;
+        Cells cells(top, bottom, left, right);
+        while (cells.remaining > 2) take<4>(maxima, map, cells);
+        while (cells.remaining > 0) take<2>(maxima, map, cells);
       }
     }
     pooled[item] = maxima.values();
