@@ -25,7 +25,8 @@ ASSEMBLERS = {
     "CUDA 12.0": ("cuda_nvcc", (75, 80, 90)),
     "CUDA 13": ("cu13", (75, 80, 90, 100, 120)),
 }
-MAX_REGISTERS = {"rectangle_max.cu": 80, "windows.cu": 128, "scatter_at_argmax.cu": 80}
+MAX_REGISTERS = {"rectangle_max.cu": 80, "windows.cu": 128, "scatter_at_argmax.cu": 64}
+MAX_REGISTERS_OF_FLOAT64 = MAX_REGISTERS | {"scatter_at_argmax.cu": 128}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,4 +95,5 @@ def test_registers_are_enough(version, workload, dtype, tmp_path):
             assert run.returncode == 0, run.stderr
             assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in run.stderr
             (registers,) = re.findall(r"Used (\d+) registers", run.stderr)
-            assert int(registers) <= MAX_REGISTERS[kernel.source], (kernel, architecture)
+            limits = MAX_REGISTERS_OF_FLOAT64 if dtype == "float64" else MAX_REGISTERS
+            assert int(registers) <= limits[kernel.source], (kernel, architecture)
