@@ -118,6 +118,14 @@ def assert_same(actual, expected):
     np.testing.assert_array_equal(as_numpy(actual), as_numpy(expected))
 
 
+def assert_same_sums(actual, expected):
+    """The same bits, or on a GPU, where XLA adds in no fixed order, the same but for rounding."""
+    if jax.default_backend() == "gpu":
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert_same(actual, expected)
+
+
 def distinct_features(shape, seed=0, dtype=np.float32):
     """A map without ties, with negative and positive whole numbers."""
     size = int(np.prod(shape))

@@ -33,7 +33,7 @@ def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):
 
     On a GPU XLA adds in no fixed order, unless `--xla_gpu_deterministic_ops` is among its flags.
     """
-    groups, *_, channels = cotangent.shape
+    groups, *bins, channels = cotangent.shape
     shape = (groups, *map_shape, channels)
     if 0 in shape or cotangent.size == 0:
         return [jnp.zeros(shape, cotangent.dtype)]
@@ -41,17 +41,22 @@ def scatter_at_argmax(cotangent, argmax, edges, *, map_shape):
     cells = (images, height * width, channels)
     dtype = sum_dtype(cotangent)
     found, image, cell = _cells(argmax, edges, images)
-    image = jnp.where(found, image, images)  # is dropped
+    # What has no cell adds 0 to any, each to another one, as additions to one would wait for each
+    # other. An index out of bounds would do, but for that flag: with it XLA adds it elsewhere.
+    cotangent = jnp.where(found, cotangent, 0)
+    any_cell = jnp.arange(math.prod(bins), dtype=jnp.int32).reshape(*bins, 1) % (height * width)
+    cell = jnp.where(found, cell, any_cell)
+    image = jnp.clip(image, 0, images - 1)
 
     def scatter_group(cotangent, image, cell):
         index = (image, cell, _channel_of(cell))
         sums = jnp.zeros(cells, dtype)
-        last = math.prod(cells) + math.prod(cells[1:])
-        if not is_symbolic_dim(last) and last < INDEX_LIMIT:
+        size = math.prod(cells)
+        if not is_symbolic_dim(size) and size < INDEX_LIMIT:
             # One index instead of three: on a CPU faster, and with little over half the memory.
             index = (index[0] * math.prod(cells[1:]) + index[1] * channels + index[2],)
             sums = sums.reshape(-1)
-        return sums.at[index].add(cotangent.astype(dtype), mode="drop")
+        return sums.at[index].add(cotangent.astype(dtype))
 
     sums = jax.vmap(scatter_group)(cotangent, image, cell)
     return [sums.reshape(shape).astype(cotangent.dtype)]
