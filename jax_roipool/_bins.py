@@ -133,7 +133,7 @@ def packed_edges(
 
     Returns:
       int32 `[G, K, 1 + 2P + 2Q]`: the image index, P row starts, P row ends, Q column starts, Q
-      column ends. An empty bin has `end <= start`.
+      column ends. An empty bin has `end == start`.
     """
     lanes = _lanes(output_size, map_size)
     # C's round, which every peer uses; jnp.round goes to the even neighbour.

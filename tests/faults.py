@@ -354,7 +354,7 @@ FAULTS = (
         "(gathered,) = gather_at_argmax_p(0 * gradient,",
     ),
     choice("XLA splits everything", "splits = not partitioned or", "splits = True or"),
-    choice("portable first", "None: tried + portable", "None: portable + tried"),
+    choice("portable first", "None: kernels + portable", "None: portable + kernels"),
     choice("aloud every time", "@functools.cache\ndef _warn_once", "def _warn_once"),
     choice(
         "any name",
@@ -496,8 +496,8 @@ FAULTS = (
     backend(
         "indexing.py",
         "bad images get gradients",
-        "image = jnp.where(found, image, images)",
-        "image = jnp.clip(image, 0, images - 1)",
+        "cotangent = jnp.where(found, cotangent, 0)",
+        "cotangent = jnp.where(argmax >= 0, cotangent, 0)",
     ),
     backend(
         "tpu/pool.py",
@@ -681,10 +681,10 @@ FAULTS = (
         "cpu",
     ),
     cuda(
-        "kernels/elements.cuh",
+        "kernels/rectangle_max.cu",
         "rows outside",
-        "inside(lanes[1 + BIN_ROWS + p], HEIGHT)",
-        "lanes[1 + BIN_ROWS + p]",
+        "inside(its.row_end(p), HEIGHT)",
+        "its.row_end(p)",
     ),
     cuda(
         "kernels/elements.cuh",
@@ -780,6 +780,24 @@ FAULTS = (
     ),
     cuda(
         "kernels/scatter_at_argmax.cu",
+        "a list that others still read",
+        "__syncthreads();\n    num_listed = 0;",
+        "num_listed = 0;",
+    ),
+    cuda(
+        "kernels/scatter_at_argmax.cu",
+        "RoIs before they are there",
+        "continue;\n\n    __syncthreads();",
+        "continue;\n",
+    ),
+    cuda(
+        "kernels/rectangle_max.cu",
+        "half of a block's bins",
+        "item += THREADS",
+        "item += 2 * THREADS",
+    ),
+    cuda(
+        "kernels/scatter_at_argmax.cu",
         "counts that others still read",
         "found(is_near, turn ^= 1)",
         "found(is_near, turn)",
@@ -818,8 +836,8 @@ FAULTS = (
     cuda(
         "plans.py",
         "float64 is summed in float32",
-        '"double" if dtype.itemsize > 4',
-        '"double" if dtype.itemsize > 8',
+        '"double" if sum_bytes > 4',
+        '"double" if sum_bytes > 8',
         "cuda_kernels",
     ),
     cuda(

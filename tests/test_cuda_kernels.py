@@ -50,11 +50,17 @@ ROW = Problem(1, 1, 1, 60, 2, 5, 1, 7)
 COLUMN = Problem(1, 2, 61, 1, 1, 5, 5, 1)
 ODD = Problem(1, 2, 23, 37, 3, 9, 2, 1)
 EVEN = Problem(2, 2, 32, 48, 4, 6, 1, 2)
-MANY_CHANNELS = Problem(1, 2, 9, 14, 132, 350, 1, 3)  # of several warps, each with RoIs to list
-MANY_BINS = Problem(1, 1, 13, 6, 8, 40, 9, 11)  # more than are listed at once
-HALF_A_WARP = Problem(1, 1, 20, 11, 13, 150, 3, 2)  # more RoIs than a warp lists at once
+MANY_CHANNELS = Problem(1, 2, 9, 14, 132, 5, 1, 3)
+MANY_BINS = Problem(1, 1, 13, 6, 8, 40, 9, 11)
+HALF_A_WARP = Problem(1, 1, 20, 11, 13, 35, 3, 2)
+# Of the gradient, blocks of several warps, with more RoIs and bins than they list at once.
+SEVERAL_WARPS = Problem(1, 1, 4, 5, 100, 700, 3, 3)
+LARGE_ROWS = Problem(1, 1, 9, 8, 520, 3, 2, 7)  # each a block's several times over
 
 CASES = (
+    Case(SEVERAL_WARPS, np.float32, INT16),
+    Case(SEVERAL_WARPS, jnp.bfloat16, INT32, tiling=plans.MANY_CELLS),
+    Case(LARGE_ROWS, np.float32, INT16),
     Case(ODD, np.float32, INT16, window=8),
     Case(EVEN, np.float32, None, window=16, empty=-np.inf),
     Case(COLUMN, np.float64, INT32),
@@ -80,9 +86,9 @@ CASES = (
     Case(HALF_A_WARP, jnp.bfloat16, INT16, tiling=plans.MANY_CELLS, is_wide=True),
     Case(HALF_A_WARP, np.float32, None, window=4),
 )
-with_cases = pytest.mark.parametrize("case", some_by_default(CASES, CASES[:5]), ids=str)
+with_cases = pytest.mark.parametrize("case", some_by_default(CASES, CASES[:8]), ids=str)
 FLOATS = tuple(case for case in CASES if not rectangle_oracle.is_integer(case.dtype))
-with_float_cases = pytest.mark.parametrize("case", some_by_default(FLOATS, FLOATS[:5]), ids=str)
+with_float_cases = pytest.mark.parametrize("case", some_by_default(FLOATS, FLOATS[:8]), ids=str)
 
 
 def widened(kernel):
@@ -227,8 +233,11 @@ def test_no_argmax_and_no_edge_leads_outside(case):
         rng = np.random.default_rng(seed)
         shape = (problem.G, problem.K, problem.P, problem.Q, problem.C)
         argmax = rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype)
+        near = rng.integers(-2, (problem.H + 4) * problem.W, shape, dtype)
+        argmax = np.where(rng.random(shape) < 0.5, argmax, near)
         cotangent = np.ones(shape, case.dtype)
-        gradient = scatter(case, cotangent, argmax, anything(problem, rng))
+        edges = (bins_of_rois if seed == 1 else anything)(problem, rng)
+        gradient = scatter(case, cotangent, argmax, edges)
         assert gradient.astype(np.float64).sum() <= cotangent.size
 
 
@@ -280,7 +289,11 @@ def test_names_tell_kernels_apart():
                 window=case.window,
             )
         ]
-        for kernel in (plan.pool, plan.make_windows)
+        for kernel in (
+            plan.pool,
+            plan.make_windows,
+            plans.scatter_at_argmax(case.problem, np.dtype(case.dtype), INT32, tiling=case.tiling),
+        )
         if kernel is not None
     ]
     assert len({kernel.name for kernel in kernels}) == len({k.macros for k in kernels})

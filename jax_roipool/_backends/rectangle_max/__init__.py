@@ -4,9 +4,9 @@ Features are `[G, n, H, W, C]`, G groups of n images. `edges`, int32 `[G, K, 1 +
 P x Q rectangles of cells for each of K RoIs: the index of the RoI's image in its group, the first
 rows of its P rows of bins, the rows after their last ones, and likewise the columns of its Q
 columns of bins; `portable.split_edges` takes them apart. Rows and columns lie inside the map.
-Starts do not decrease from bin to bin, and a bin reaches at most one cell into the next:
-`start[i + 1] <= end[i] <= start[i + 1] + 1` wherever bin `i` is not empty. Any axis but H and W can
-be of size 0.
+No end lies before its start, starts do not decrease from bin to bin, and a bin reaches at most one
+cell into the next: `start[i + 1] <= end[i] <= start[i + 1] + 1` wherever bin `i` is not empty. Any
+axis but H and W can be of size 0.
 
 A backend is three functions, named as the primitives of `_rectangle_max.py` are. Each returns a
 list of arrays:

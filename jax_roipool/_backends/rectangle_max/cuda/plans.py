@@ -86,8 +86,8 @@ class Kernel(NamedTuple):
     def name(self) -> str:
         """Another for all that is compiled otherwise.
 
-        XLA keeps loaded kernels by the address of their text, where another may lie later on. Of
-        that the name is not found, instead of a wrong kernel.
+        XLA keeps loaded kernels by the address of their text, where another may lie later on. With
+        a name of its own, that one is then not found, instead of the wrong kernel launched.
         """
         digest = hashlib.sha256(repr((self.source, self.macros)).encode()).hexdigest()
         return f"jax_roipool_{self.source.removesuffix('.cu')}_{self.element}_{digest[:12]}"

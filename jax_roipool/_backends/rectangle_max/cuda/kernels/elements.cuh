@@ -68,7 +68,7 @@ typedef Element::Stored Stored;
 typedef Element::Value Value;
 
 template <class T>
-struct alignas(sizeof(T) * VECTOR) Vector {  // moved by one instruction
+struct alignas(sizeof(T) * VECTOR) Vector {  // of 16 bytes and less, moved by one instruction
   T of[VECTOR];
 };
 typedef Vector<Stored> Elements;

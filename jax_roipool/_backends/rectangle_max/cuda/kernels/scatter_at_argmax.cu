@@ -11,8 +11,10 @@
 constexpr int kWarp = 32, kWarps = THREADS / kWarp;
 constexpr int kTileRows = (HEIGHT - 1) / TILE_ROWS + 1, kTileCols = (WIDTH - 1) / TILE_COLS + 1;
 constexpr int kTileCells = TILE_ROWS * TILE_COLS;
-// Of a multiprocessor, at least: as many as leave all that a thread has in registers.
-constexpr int kBlocksAtOnce = (sizeof(SUM) > 4 ? 512 : 1024) / THREADS;
+// Of a multiprocessor, at least: as many as leave all that a thread has in registers, and no more
+// than any has room for.
+constexpr int kWorthwhile = (sizeof(SUM) > 4 ? 512 : 1024) / THREADS;
+constexpr int kBlocksAtOnce = kWorthwhile < 16 ? kWorthwhile : 16;
 constexpr int kNear = 2 * THREADS;  // RoIs that are listed before their bins are
 constexpr int kListed = 256;        // bins that are listed before they are added
 
@@ -151,7 +153,7 @@ KERNEL(const Elements* __restrict__ cotangent, const Indices* __restrict__ argma
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
       if (first + i < num_listed && has_vector) {
-        const Long bin = Long(group) * ROIS * BIN_ROWS * BIN_COLS + list[first + i];
+        const COUNT bin = COUNT(group) * ROIS * BIN_ROWS * BIN_COLS + list[first + i];
         batch.cotangents[i] = cotangent[bin * kVectors + vector];
         batch.cells[i] = argmax[bin * kVectors + vector];
       } else {
@@ -219,8 +221,7 @@ KERNEL(const Elements* __restrict__ cotangent, const Indices* __restrict__ argma
         if (num_listed == kListed) add_listed();
       }
     }
-    __syncthreads();
-    num_near = 0;
+    num_near = 0;  // who lists more has met the others in between, in Share
   }
   add_listed();
 
