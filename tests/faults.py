@@ -587,6 +587,13 @@ FAULTS = (
         "std::memset(argmax_of(col), 0xFF",
         "std::memset(argmax_of(col), 0",
     ),
+    native(
+        "rectangle_max.cc",
+        "a page is left out",
+        "const int64_t pages = (end - 1) / kPage - start / kPage + 1;",
+        "const int64_t pages = (end - 1) / kPage - start / kPage;",
+        "cpu gradients",
+    ),
     native("memory.h", "bad images pool nothing", "std::memset(at(pooled, first), 0, bytes);", ";"),
     native("memory.h", "levels forget the others", "if (onto == nullptr)", "if (true)", "levels"),
     native("rectangle_max.cc", "groups share images", "!= image % map.num_images", "!= image"),

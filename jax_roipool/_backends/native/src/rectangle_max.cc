@@ -171,13 +171,26 @@ void gather_at_argmax(const MaximumLoops& loops, const MapShape& map, const Pool
   });
 }
 
+// Page after page, each by one thread: the system makes zeros of a fresh page for every thread that
+// waits for it, which takes longer than writing there.
+static void zero(void* array, int64_t bytes, const Threads& threads) {
+  constexpr intptr_t kPage = 2 << 20;
+  prefer_huge_pages(array, bytes);
+  const intptr_t start = reinterpret_cast<intptr_t>(array), end = start + bytes;
+  const int64_t pages = (end - 1) / kPage - start / kPage + 1;
+  parallel_for(threads, pages, [&](int64_t i, int64_t) {
+    const intptr_t page = (start / kPage + i) * kPage, from = std::max(page, start);
+    std::memset(at(array, from - start), 0, std::min(page + kPage, end) - from);
+  });
+}
+
 void scatter_at_argmax(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                        const void* cotangent, const void* argmax, const Rectangles& rectangles,
                        void* gradient, const Threads& threads) {
   const int64_t channels = map.channels, num_images = map.num_groups * map.num_images;
   const int64_t bins = shape.num_groups * shape.num_rois * shape.bins();
   if (num_images * map.image_size() == 0) return;
-  prefer_huge_pages(gradient, num_images * map.image_size() * loops.sum_size);
+  zero(gradient, num_images * map.image_size() * loops.sum_size, threads);
 
   // Threads share out the images, and then the channels, so that no two threads write to one cell.
   // There are as few blocks of channels as keep the threads busy, since what is read from end to
@@ -199,11 +212,6 @@ void scatter_at_argmax(const MaximumLoops& loops, const MapShape& map, const Poo
       return at(argmax, (bin * channels + channel) * loops.argmax_size);
     };
     void* const sums = at(gradient, (image * map.image_size() + channel) * loops.sum_size);
-    const int64_t runs = count == channels ? 1 : map.cells();
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t size = map.cells() / runs * count;
-      std::memset(at(sums, run * channels * loops.sum_size), 0, size * loops.sum_size);
-    }
     for (int64_t roi = group * shape.num_rois; roi < (group + 1) * shape.num_rois; ++roi) {
       if (rectangles.image_index(roi) != image % map.num_images) continue;
       for (int64_t bin = roi * shape.bins(); bin < (roi + 1) * shape.bins(); ++bin) {
