@@ -81,6 +81,24 @@ class Bin {
   int32_t indices_[kCells];
 };
 
+// Another thread takes as long to wake as this one to read so much.
+constexpr int64_t kWorthWaking = 128 << 10;
+
+bool is_worth_waking(const MaximumLoops& loops, const PooledShape& shape,
+                     const Rectangles& rectangles) {
+  const int64_t elements = kWorthWaking / loops.item_size;
+  if (shape.size() >= elements) return true;
+  int64_t cells = 0;
+  for (int64_t roi = 0; roi < shape.rois(); ++roi) {
+    if (rectangles.image_index(roi) < 0) continue;
+    int64_t rows = 0, cols = 0;
+    for (int64_t i = 0; i < shape.bin_rows; ++i) rows += rectangles.rows(roi, i).size();
+    for (int64_t i = 0; i < shape.bin_cols; ++i) cols += rectangles.cols(roi, i).size();
+    cells += rows * cols;
+  }
+  return cells * shape.channels >= elements;
+}
+
 bool prefers_strips(const Costs& costs, Range rows, const BinCols& cols, bool has_tiles) {
   const double cells = costs.cells(rows.size(), cols), tiles = costs.tiles(rows.size(), cols);
   return costs.strips(rows.size(), cols) < (has_tiles ? std::min(cells, tiles) : cells);
@@ -90,8 +108,9 @@ bool prefers_strips(const Costs& costs, Range rows, const BinCols& cols, bool ha
 
 void rectangle_max(const MaximumLoops& loops, const MapShape& map, const PooledShape& shape,
                    const void* features, const Rectangles& rectangles, bool empty_is_lowest,
-                   const void* onto, void* pooled, void* argmax, const Threads& threads) {
+                   const void* onto, void* pooled, void* argmax, const Threads& all_threads) {
   if (shape.size() == 0) return;
+  const Threads threads = is_worth_waking(loops, shape, rectangles) ? all_threads : Threads{1, {}};
   const bool with_argmax = argmax != nullptr;
   const int64_t pooled_bytes = shape.channels * loops.item_size;
   const int64_t argmax_bytes = shape.channels * loops.argmax_size;
