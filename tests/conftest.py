@@ -1,4 +1,5 @@
 import os
+import platform
 
 # Before JAX starts: with libtpu installed it would look for a TPU, at length and aloud, and would
 # refuse to compile in several processes.
@@ -9,6 +10,11 @@ if "cuda" in os.environ["JAX_PLATFORMS"]:
 else:
     # Only its compiler is wanted: older plugins of JAX would miss CUDA's libraries.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+if platform.machine() == "x86_64":
+    # With instructions for bfloat16, which processors with AMX have, XLA compares its subnormals as
+    # zeros (jaxlib 0.12.0.1), and the interpreter of TPU kernels with it.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_max_isa=AVX512 {flags}"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
