@@ -13,7 +13,7 @@ Every answer is first compared with the CPU's: pooled features to the bit, gradi
 candidate that differs is an error and is not timed. Then each has one turn a round, in random
 order: as many calls in a row as take about `--seconds`, queued without waiting, and one wait for
 the last. So starting a call is not in its time, unless that takes longer than running it. Beside it
-is what the profiler says of the device alone: the sum over all kernels and copies of a call.
+is what the profiler says of a GPU alone: the sum over all kernels and copies of a call.
 
 "x floor" is how many times as long the device takes as for moving a call's arrays once, at the
 bandwidth of a copy in the same run: features and pooled features; with the gradient, those, the
@@ -207,9 +207,7 @@ def time_in_turn(calls: dict[str, Prepared], seconds: float) -> dict[str, float]
 
 
 def on_device(call: Prepared) -> float:
-    """Seconds a call keeps the device busy, by the profiler; NaN where there is no GPU."""
-    if jax.default_backend() != "gpu":
-        return float("nan")
+    """Seconds a call keeps the GPU busy, by the profiler."""
     call.wait(call.run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -260,9 +258,11 @@ def measure(inputs: Inputs, mode: str, everyone: list, seconds: float) -> dict[s
             not_timed[candidate.name] = str(error)
         except Exception as error:  # whatever it is, the others can still be timed
             errors[candidate.name] = f"{type(error).__name__}: {error}"
+    ms = {name: 1000 * s for name, s in time_in_turn(calls, seconds).items()}
+    has_gpu = jax.default_backend() == "gpu"
     return {
-        "ms": {name: 1000 * s for name, s in time_in_turn(calls, seconds).items()},
-        "device ms": {name: 1000 * on_device(call) for name, call in calls.items()},
+        "ms": ms,
+        "device ms": {n: 1000 * on_device(call) for n, call in calls.items()} if has_gpu else ms,
         "temporary MB": {name: (call.temporary_bytes or 0) / 1e6 for name, call in calls.items()},
         "MB": moved(inputs, mode) / 1e6,
         "not timed": not_timed,

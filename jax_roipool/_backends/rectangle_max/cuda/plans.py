@@ -72,6 +72,11 @@ class Problem(NamedTuple):
         """Of all RoIs."""
         return self.G * self.K * self.P * self.Q
 
+    @property
+    def bins_can_be_large(self) -> bool:
+        """As those of a RoI as large as the map."""
+        return self.H * self.W >= CELLS_A_BIN * self.P * self.Q
+
 
 class Kernel(NamedTuple):
     """A kernel to compile and launch."""
@@ -149,8 +154,7 @@ def worthwhile_window(problem: Problem) -> int:
     0 where bins are small, and few beside the map's cells.
     """
     cells = problem.G * problem.n * problem.H * problem.W
-    bins_are_large = problem.H * problem.W >= CELLS_A_BIN * problem.P * problem.Q
-    if not bins_are_large and problem.bins < BINS_A_CELL * cells:
+    if not problem.bins_can_be_large and problem.bins < BINS_A_CELL * cells:
         return 0
     side = min(math.ceil(problem.H / problem.P), math.ceil(problem.W / problem.Q))
     window = min(2 ** round(math.log2(side) / 2), LARGEST_WINDOW)
@@ -169,8 +173,7 @@ def scatter_at_argmax(
     if is_integer or problem.K * problem.P * problem.Q >= INDEX_LIMIT:
         return None
     if tiling is None:
-        bins_are_large = problem.H * problem.W >= CELLS_A_BIN * problem.P * problem.Q
-        tiling = MANY_CELLS if bins_are_large else FEW_CELLS
+        tiling = MANY_CELLS if problem.bins_can_be_large else FEW_CELLS
     vector = math.gcd(problem.C, tiling.vector)
     slices = math.ceil(problem.C / vector / WARP)
     tiles = math.ceil(problem.H / tiling.rows) * math.ceil(problem.W / tiling.columns)

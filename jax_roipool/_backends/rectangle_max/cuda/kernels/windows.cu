@@ -42,9 +42,7 @@ KERNEL(const Elements* __restrict__ features, const int* __restrict__ are_used,
     for (int i = 1; i < WINDOW; ++i) {
 #pragma unroll
       for (int j = 0; j < VECTOR; ++j) {
-        const bool larger = is_larger(rows[i].value[j], window.value[j]);
-        window.value[j] = larger ? rows[i].value[j] : window.value[j];
-        window.cell[j] = larger ? i * WINDOW + rows[i].cell[j] : window.cell[j];
+        window.see_next(j, rows[i].value[j], i * WINDOW + rows[i].cell[j]);
       }
     }
     const Long at = (image * kWindows + Long(top) * kWindowCols + col) * kVectors + vector;
