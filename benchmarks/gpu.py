@@ -13,7 +13,8 @@ Every answer is first compared with the CPU's: pooled features to the bit, gradi
 candidate that differs is an error and is not timed. Then each has one turn a round, in random
 order: as many calls in a row as take about `--seconds`, queued without waiting, and one wait for
 the last. So starting a call is not in its time, unless that takes longer than running it. Beside it
-is what the profiler says of a GPU alone: the sum over all kernels and copies of a call.
+is what the profiler says of a GPU alone: the sum over all kernels and copies of a call. Where there
+is no GPU it is the same time again.
 
 "x floor" is how many times as long the device takes as for moving a call's arrays once, at the
 bandwidth of a copy in the same run: features and pooled features; with the gradient, those, the
