@@ -27,10 +27,11 @@ from compiled import COLLECTIVES, Program
 from harness import distinct_features, random_rois, whole_cotangent
 
 N, K, H, W, C, BINS = 8, 16, 9, 10, 8, 2
-FEATURES = distinct_features((N, H, W, C))
-ROIS = jnp.stack([random_rois(K, H, W, seed) for seed in range(N)])
-FLAT = random_rois(2 * K, H, W, images=N)
-COTANGENT = whole_cotangent((N, K, BINS, BINS, C))
+# NumPy's, which go to the devices of a mesh without a program that splits them.
+FEATURES = np.asarray(distinct_features((N, H, W, C)))
+ROIS = np.stack([random_rois(K, H, W, seed) for seed in range(N)])
+FLAT = np.asarray(random_rois(2 * K, H, W, images=N))
+COTANGENT = np.asarray(whole_cotangent((N, K, BINS, BINS, C)))
 NATIVE = "jax_roipool_cpu"
 FULL = "--full" in sys.argv
 
@@ -103,7 +104,7 @@ def everything(mesh):
 
     cases = dict(sharded(LAYOUTS, ROIS, COTANGENT))
     # 32 RoIs of 4 bins are smaller than 8 maps of 90 cells, of 49 bins they are larger.
-    few, many = (whole_cotangent((2 * K, bins, bins, C)) for bins in (2, 7))
+    few, many = (np.asarray(whole_cotangent((2 * K, bins, bins, C))) for bins in (2, 7))
     cases |= {f"flat, {name}": case for name, case in sharded(FLAT_LAYOUTS, FLAT, few)}
     arguments = put(FEATURES, P("x")), put(FLAT, P("x"))
     cases["flat, large bins"] = run(lambda *args: pool(*args, 7), *arguments)
@@ -154,7 +155,7 @@ def product(mesh, specs=(None,)):
 
     `specs` are what `features_spec` says instead, to a mesh of automatic axes.
     """
-    mask = jnp.asarray(np.arange(N * K).reshape(N, K) % 5 > 0)
+    mask = np.arange(N * K).reshape(N, K) % 5 > 0
 
     def put(x, spec):
         return jax.device_put(x, NamedSharding(mesh, spec))
@@ -224,9 +225,9 @@ def product(mesh, specs=(None,)):
 def toys(mesh):
     """The toy primitive, its images and RoIs split over other devices than each other, or alike."""
     rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(-9, 9, (1, 8, 4096)), jnp.float32)
-    packed = jnp.asarray(rng.integers(-1, 9, (1, 16, 2)), jnp.int32)
-    values = jnp.asarray(rng.integers(-9, 9, (1, 16, 4096)), jnp.float32)
+    images = rng.integers(-9, 9, (1, 8, 4096)).astype(np.float32)
+    packed = rng.integers(-1, 9, (1, 16, 2), np.int32)
+    values = rng.integers(-9, 9, (1, 16, 4096)).astype(np.float32)
     problems = {}
     for n, k in itertools.product((None, "x", "y"), repeat=2):
 

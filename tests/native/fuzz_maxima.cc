@@ -27,7 +27,7 @@ struct Sizes {
 
 Sizes random_sizes(Random& random, uint64_t number) {
   constexpr int64_t kAroundVectors[] = {1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100};
-  if (number % 128 == 127) return {1, 1, 33, 32, 512, 22, 7, 7};  // 4 MiB and more in float64
+  if (is_large(number)) return {1, 1, 33, 32, 512, 22, 7, 7};
   Sizes s = {random.in(1, 3), random.in(1, 3), random.in(1, 8), random.in(1, 8), 1, 1, 1, 1};
   s.C = random.of(kAroundVectors);
   s.K = random.in(1, 6);
@@ -99,9 +99,9 @@ class MaximumCase : public Case {
  public:
   explicit MaximumCase(uint64_t number)
       : Case(number),
-        dtype_(number % 128 == 127 ? kF64
-               : random_.below(2)  ? random_.of(kFloats)
-                                   : random_.of(kIntegers)),
+        dtype_(is_large(number)   ? kF64
+               : random_.below(2) ? random_.of(kFloats)
+                                  : random_.of(kIntegers)),
         argmax_dtype_(random_.below(2) ? kS16 : kS32),
         s_(random_sizes(random_, number)),
         empty_is_lowest_(random_.below(2)),

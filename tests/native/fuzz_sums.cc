@@ -30,7 +30,7 @@ Sizes random_sizes(Random& random, uint64_t number) {
   // One vector of floats has 4 to 16 channels, and the loops take eight vectors at a time.
   constexpr int64_t kAroundVectors[] = {15, 16, 17, 31,  32,  33,  39, 63,
                                         64, 65, 77, 127, 128, 129, 153};
-  if (number % 128 == 127) {  // 4 MiB and more in float64
+  if (is_large(number)) {
     return {1, 1, 33, 32, 512, 22, {7, 1, 2}, {7, 1, 1}};
   }
   const auto axis = [&](int64_t bins, int64_t runs, int64_t run) {
@@ -128,7 +128,7 @@ class SumCase : public Case {
  public:
   explicit SumCase(uint64_t number)
       : Case(number),
-        dtype_(number % 128 == 127 ? kF64 : random_.of(kFloats)),
+        dtype_(is_large(number) ? kF64 : random_.of(kFloats)),
         s_(random_sizes(random_, number)),
         signature_(s_, dtype_) {
     for (const char* name : {"features", "cotangent", "onto", "cells", "rows", "columns"}) {

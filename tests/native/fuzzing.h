@@ -173,6 +173,9 @@ struct Target {
   std::vector<const char*> names;  // of the operands, and then of the results
 };
 
+// Whether a case is one of the few with arrays of 4 MiB and more, which take seconds.
+inline bool is_large(uint64_t number) { return number % 512 == 127; }
+
 // What the arrays of a call are, by their names.
 class Signature {
  public:
