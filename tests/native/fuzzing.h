@@ -174,7 +174,7 @@ struct Target {
 };
 
 // Whether a case is one of the few with arrays of 4 MiB and more, which take seconds.
-inline bool is_large(uint64_t number) { return number % 512 == 127; }
+inline bool is_large(uint64_t number) { return number % 128 == 127; }
 
 // What the arrays of a call are, by their names.
 class Signature {
